@@ -1,0 +1,281 @@
+"""What is to be computed: shapes, formats, activation; every validation of a call, and its flops and bytes.
+
+A call is validated once, here. Only metadata is looked at, so nothing synchronises with a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from glu4.activation import SILU, Activation
+from glu4.nvfp4 import BLOCK, NVFP4Tensor
+
+__all__ = ["GroupedProblem", "Problem", "check_dense", "check_grouped"]
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+
+def _nvfp4_bytes(rows: int, k: int) -> int:
+    return rows * k // 2 + rows * k // BLOCK
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One dense call: x `[m, k]` times weights `[n, k]`, or `batch` such pairs with weights of their own.
+
+    batched    weights are `[batch, n, k]`; otherwise `[n, k]`, and batch is 1
+    operation  "dual_gemm" (gate and up, activation) or "linear" (one matrix)
+    x_format   "nvfp4", "float16", "bfloat16" or "float32"
+    """
+
+    m: int
+    n: int
+    k: int
+    batch: int = 1
+    operation: str = "dual_gemm"
+    x_format: str = "nvfp4"
+    out_dtype: torch.dtype = torch.float16
+    activation: Activation = SILU
+    has_bias: bool = False
+    batched: bool = False
+
+    def __post_init__(self) -> None:
+        if self.operation not in ("dual_gemm", "linear"):
+            raise ValueError(f"operation: expected dual_gemm or linear, got {self.operation!r}")
+        if self.x_format not in ("nvfp4", *_NAMES.values()):
+            raise ValueError(f"x_format: expected nvfp4, float16, bfloat16 or float32, got {self.x_format!r}")
+        if min(self.m, self.n, self.batch) < 0:
+            raise ValueError(f"m, n, batch: expected non-negative sizes, got {self.m}, {self.n}, {self.batch}")
+        if self.batch != 1 and not self.batched:
+            raise ValueError(f"batch: expected 1 without batched weights, got {self.batch}")
+        if self.k <= 0 or self.k % BLOCK:
+            raise ValueError(f"k: expected a positive multiple of {BLOCK}, got {self.k}")
+        if self.out_dtype not in FLOAT_DTYPES:
+            raise TypeError(f"out_dtype: expected float16, bfloat16 or float32, got {self.out_dtype}")
+
+    @property
+    def weight_matrices(self) -> int:
+        """2 for gate and up, 1 for linear."""
+        return 2 if self.operation == "dual_gemm" else 1
+
+    @property
+    def out_shape(self) -> tuple[int, int, int]:
+        return (self.batch, self.m, self.n)
+
+    @property
+    def flops(self) -> int:
+        """Multiplies and adds of the matrix products."""
+        return 2 * self.weight_matrices * self.batch * self.m * self.n * self.k
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that must move: operands read once, without layout padding, and the output written once."""
+        x = _nvfp4_bytes(self.m, self.k) if self.x_format == "nvfp4" else self.m * self.k * _itemsize(self.x_format)
+        weights = self.weight_matrices * _nvfp4_bytes(self.n, self.k)
+        return self.batch * (x + weights + self.m * self.n * self.out_dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class GroupedProblem:
+    """One mixture-of-experts call: `rows` tokens sorted by expert, stacked weights `[experts, n, k]`.
+
+    How the rows are spread over experts lives on the device and is not part of the problem.
+    """
+
+    rows: int
+    experts: int
+    n: int
+    k: int
+    x_format: str = "nvfp4"
+    out_dtype: torch.dtype = torch.float16
+    activation: Activation = SILU
+    has_bias: bool = False
+
+    @property
+    def operation(self) -> str:
+        return "grouped_dual_gemm"
+
+    @property
+    def out_shape(self) -> tuple[int, int]:
+        return (self.rows, self.n)
+
+    @property
+    def flops(self) -> int:
+        """Multiplies and adds when every row belongs to an expert."""
+        return 4 * self.rows * self.n * self.k
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that must move when every expert has at least one token."""
+        x = _nvfp4_bytes(self.rows, self.k) if self.x_format == "nvfp4" else self.rows * self.k * _itemsize(self.x_format)
+        return x + self.experts * 2 * _nvfp4_bytes(self.n, self.k) + self.rows * self.n * self.out_dtype.itemsize
+
+
+def _itemsize(x_format: str) -> int:
+    return {"float16": 2, "bfloat16": 2, "float32": 4}[x_format]
+
+
+# ---- validation of a call ----
+
+
+def _x_format(x: Tensor | NVFP4Tensor) -> str:
+    if isinstance(x, NVFP4Tensor):
+        return "nvfp4"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected an NVFP4Tensor or a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"x: expected float16, bfloat16 or float32, or an NVFP4Tensor (glu4.quantize), got {x.dtype}")
+    if x.ndim < 2:
+        raise ValueError(f"x: expected [..., M, K], got shape {list(x.shape)}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("x requires grad, and glu4 has no backward pass yet: call under torch.no_grad() or detach x")
+    return _NAMES[x.dtype]
+
+
+def _out_dtype(x: Tensor | NVFP4Tensor, out_dtype: torch.dtype | None, out: Tensor | None) -> torch.dtype:
+    default = torch.bfloat16 if isinstance(x, NVFP4Tensor) else x.dtype
+    if out_dtype is None:
+        return out.dtype if out is not None and out.dtype in FLOAT_DTYPES else default
+    if out_dtype not in FLOAT_DTYPES:
+        raise TypeError(f"out_dtype: expected float16, bfloat16 or float32, got {out_dtype}")
+    return out_dtype
+
+
+def _check_weights(names: Sequence[str], weights: Sequence[NVFP4Tensor]) -> None:
+    for name, w in zip(names, weights, strict=True):
+        if not isinstance(w, NVFP4Tensor):
+            raise TypeError(f"{name}: expected an NVFP4Tensor, got {type(w).__name__}")
+        if w.ndim not in (2, 3):
+            raise ValueError(f"{name}: expected [N, K] or [L, N, K], got shape {list(w.shape)}")
+        if w.shape != weights[0].shape:
+            raise ValueError(f"{names[0]} and {name} must have one shape, got {list(weights[0].shape)} and {list(w.shape)}")
+
+
+def _check_device(name: str, tensor: Tensor | NVFP4Tensor, x: Tensor | NVFP4Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}, x is on {x.device}: move one with .to(device)")
+
+
+def _check_biases(x: Tensor | NVFP4Tensor, shape: tuple[int, ...], biases: dict[str, Tensor | None]) -> None:
+    for name, bias in biases.items():
+        if bias is None:
+            continue
+        if bias.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{name}: expected float16, bfloat16 or float32, got {bias.dtype}")
+        if tuple(bias.shape) != shape:
+            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(bias.shape)}")
+        if bias.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires grad, and glu4 has no backward pass yet: call under torch.no_grad()")
+        _check_device(name, bias, x)
+
+
+def _check_out(x: Tensor | NVFP4Tensor, out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if out is None:
+        return
+    if tuple(out.shape) != shape:
+        raise ValueError(f"out: expected shape {list(shape)}, got {list(out.shape)}")
+    if out.dtype != dtype:
+        raise TypeError(f"out: expected {dtype}, got {out.dtype}")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out requires grad, and glu4 has no backward pass yet: pass a tensor that does not")
+    _check_device("out", out, x)
+
+
+def check_dense(
+    x: Tensor | NVFP4Tensor,
+    weights: dict[str, NVFP4Tensor],
+    *,
+    biases: dict[str, Tensor | None],
+    activation: Activation = SILU,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Problem:
+    """The Problem of a dense call, or the error of a bad one.
+
+    `weights` holds gate and up (dual_gemm) or weight (linear), by argument name. Weights `[N, K]` serve all leading
+    dimensions of x, which count as rows; weights `[L, N, K]` pair with x `[L, M, K]`.
+    """
+    x_format = _x_format(x)
+    _check_weights(list(weights), list(weights.values()))
+    first_name, first = next(iter(weights.items()))
+    n, k = first.rows, first.k
+    if x.shape[-1] != k:
+        raise ValueError(f"x has K = {x.shape[-1]} and {first_name} has K = {k}: they must be equal")
+    if first.ndim == 3 and (x.ndim != 3 or x.shape[0] != first.shape[0]):
+        raise ValueError(f"{first_name} {list(first.shape)} needs x [{first.shape[0]}, M, {k}], got {list(x.shape)}")
+    for name, w in weights.items():
+        _check_device(name, w, x)
+    if not isinstance(activation, Activation):
+        raise TypeError(f"activation: expected a glu4.Activation such as glu4.SILU, got {activation!r}")
+    dtype = _out_dtype(x, out_dtype, out)
+    _check_biases(x, (*first.shape[:-2], n), biases)
+    _check_out(x, out, (*x.shape[:-1], n), dtype)
+    batch = x.shape[0] if first.ndim == 3 else 1
+    rows = x.shape[-2] if first.ndim == 3 else x.shape[:-1].numel()
+    return Problem(
+        m=rows,
+        n=n,
+        k=k,
+        batch=batch,
+        operation="dual_gemm" if len(weights) == 2 else "linear",
+        x_format=x_format,
+        out_dtype=dtype,
+        activation=activation,
+        has_bias=any(b is not None for b in biases.values()),
+        batched=first.ndim == 3,
+    )
+
+
+def check_grouped(
+    x: Tensor | NVFP4Tensor,
+    gate: NVFP4Tensor,
+    up: NVFP4Tensor,
+    group_offsets: Tensor,
+    *,
+    biases: dict[str, Tensor | None],
+    activation: Activation = SILU,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> GroupedProblem:
+    """The GroupedProblem of a mixture-of-experts call, or the error of a bad one.
+
+    The values of `group_offsets` stay on the device and are not looked at.
+    """
+    x_format = _x_format(x)
+    _check_weights(("gate", "up"), (gate, up))
+    if gate.ndim != 3:
+        raise ValueError(f"gate, up: expected stacked [E, N, K], got shape {list(gate.shape)}")
+    if x.ndim != 2:
+        raise ValueError(f"x: expected [rows, K], sorted by expert, got shape {list(x.shape)}")
+    if x.shape[-1] != gate.k:
+        raise ValueError(f"x has K = {x.shape[-1]} and gate has K = {gate.k}: they must be equal")
+    if isinstance(x, NVFP4Tensor) and x.is_swizzled:
+        raise ValueError("x: grouped activations need linear block scales, got swizzled ones; use x.to_linear()")
+    experts = gate.shape[0]
+    if group_offsets.dtype != torch.int32 or tuple(group_offsets.shape) != (experts + 1,):
+        raise ValueError(
+            f"group_offsets: expected int32 of shape [{experts + 1}] (experts + 1), "
+            f"got {group_offsets.dtype} of shape {list(group_offsets.shape)}"
+        )
+    for name, tensor in (("gate", gate), ("up", up), ("group_offsets", group_offsets)):
+        _check_device(name, tensor, x)
+    if not isinstance(activation, Activation):
+        raise TypeError(f"activation: expected a glu4.Activation such as glu4.SILU, got {activation!r}")
+    dtype = _out_dtype(x, out_dtype, out)
+    _check_biases(x, (experts, gate.rows), biases)
+    _check_out(x, out, (x.shape[0], gate.rows), dtype)
+    return GroupedProblem(
+        rows=x.shape[0],
+        experts=experts,
+        n=gate.rows,
+        k=gate.k,
+        x_format=x_format,
+        out_dtype=dtype,
+        activation=activation,
+        has_bias=any(b is not None for b in biases.values()),
+    )
