@@ -1,0 +1,275 @@
+"""The operators as torch sees them: opcheck, torch.compile, out=, strides, empty sizes, and every refusal's message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import glu4
+from glu4 import SILU, GatedWeights, NVFP4Tensor, dual_gemm, grouped_dual_gemm, linear, quantize, reference
+from operands import full_range
+
+OFFSETS = torch.tensor([0, 2, 2, 7], dtype=torch.int32)
+
+
+def halves(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).half()
+
+
+def pair(seed: int, *shape: int) -> GatedWeights:
+    """Weights whose results stay in the range of fp16."""
+    gen = torch.Generator().manual_seed(seed)
+    return GatedWeights(*(quantize(torch.randn(shape, generator=gen) * s) for s in (0.3, 0.7)))
+
+
+def spec(x: torch.Tensor | NVFP4Tensor, w: GatedWeights, dtype: torch.dtype = torch.float16, **kwargs: Any) -> torch.Tensor:
+    return reference.dual_gemm(x, w.gate, w.up, gate_bias=w.gate_bias, up_bias=w.up_bias, out_dtype=dtype, **kwargs)
+
+
+def assert_within_one_ulp(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Float32 sums err by far less than half an ulp of 16 bits, so a right result is the rounded value or its neighbour."""
+    assert got.dtype == expected.dtype
+    ulp = (torch.nextafter(expected.abs(), torch.full_like(expected, torch.inf)) - expected.abs()).double()
+    # cancellation leaves an absolute error that is many ulps of a tiny result
+    slack = expected.double().abs().mean() * 2.0**-17
+    assert ((got.double() - expected.double()).abs() <= ulp + slack).all()
+
+
+# ---- what torch asks of an operator ----
+
+
+def parts(t: NVFP4Tensor) -> list[torch.Tensor]:
+    return [t.codes, t.block_scale.view(torch.uint8), t.global_scale]
+
+
+SILU_ARGS = ("swish", [1.0, 0.0, float("inf")], "portable")
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_opcheck(quantized: bool) -> None:
+    x = halves(0, 7, 64)
+    xs = parts(quantize(x)) if quantized else [x]
+    w, stacked = pair(1, 24, 64), pair(2, 3, 24, 64)
+    out = torch.empty(7, 24, dtype=torch.float16)
+    bias = torch.randn(24)
+    calls = [
+        (torch.ops.glu4.dual_gemm, (out, xs, parts(w.gate), parts(w.up), bias, None, *SILU_ARGS)),
+        (torch.ops.glu4.linear, (out, xs, parts(w.gate), bias, "portable")),
+        (
+            torch.ops.glu4.grouped_dual_gemm,
+            (out, xs, parts(stacked.gate), parts(stacked.up), OFFSETS, None, None, *SILU_ARGS),
+        ),
+    ]
+    for op, args in calls:
+        results = torch.library.opcheck(op, args)
+        assert set(results.values()) == {"SUCCESS"}
+
+
+def quantize_and_run(x: torch.Tensor, w: GatedWeights) -> torch.Tensor:
+    return dual_gemm(quantize(x, nonfinite="propagate"), w, out_dtype=torch.float16) + 1
+
+
+COMPILED: dict[str, Callable[..., torch.Tensor]] = {
+    "float": lambda x, w: dual_gemm(x, w) * 2,
+    "quantized": quantize_and_run,
+    "linear": lambda x, w: linear(x.relu(), w.gate, bias=w.gate_bias),
+    "out": lambda x, w: dual_gemm(x, w, out=torch.zeros(x.shape[0], 24, dtype=x.dtype)) + 1,
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_to_one_graph(name: str) -> None:
+    function = COMPILED[name]
+    w = GatedWeights(pair(1, 24, 64).gate, pair(1, 24, 64).up, gate_bias=torch.randn(24))
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for m in (7, 12):
+        x = halves(m, m, 64)
+        assert torch.equal(compiled(x, w), function(x, w))
+
+
+def test_compiles_with_inductor() -> None:
+    w = pair(1, 24, 64)
+    x = halves(0, 7, 64)
+    compiled = torch.compile(lambda x: dual_gemm(x, w), fullgraph=True)
+    assert torch.equal(compiled(x), dual_gemm(x, w))
+
+
+# ---- shapes and strides ----
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    m=st.integers(0, 9),
+    n=st.integers(1, 40),
+    blocks=st.integers(1, 9),
+    quantized=st.booleans(),
+    batch=st.integers(0, 3),
+    swizzled=st.booleans(),
+)
+@settings(max_examples=80, deadline=None)
+def test_any_shape(seed: int, m: int, n: int, blocks: int, quantized: bool, batch: int, swizzled: bool) -> None:
+    shape = ((batch,) if batch else (), blocks * 16)
+    w = pair(seed, *shape[0], n, shape[1])
+    x: torch.Tensor | NVFP4Tensor = halves(seed + 1, *shape[0], m, shape[1])
+    x = quantize(x) if quantized else x  # type: ignore[arg-type]
+    expected = spec(x, w)
+    if swizzled:
+        w = GatedWeights(w.gate.to_swizzled(), w.up.to_swizzled())
+        x = x.to_swizzled() if isinstance(x, NVFP4Tensor) else x
+    got = dual_gemm(x, w, out_dtype=torch.float16)
+    assert got.shape == expected.shape
+    if got.numel():
+        assert_within_one_ulp(got, expected)
+
+
+@pytest.mark.parametrize("k", range(16, 400, 16))
+def test_every_k_that_is_a_multiple_of_16(k: int) -> None:
+    x, w = halves(k, 3, k), pair(k, 8, k)
+    assert_within_one_ulp(dual_gemm(x, w), spec(x, w))
+
+
+def test_leading_dimensions_of_x_are_rows() -> None:
+    x, w = halves(0, 2, 3, 5, 64), pair(1, 24, 64)
+    flat = dual_gemm(x.view(30, 64), w)
+    assert torch.equal(dual_gemm(x, w), flat.view(2, 3, 5, 24))
+    assert torch.equal(linear(x, w.gate), linear(x.view(30, 64), w.gate).view(2, 3, 5, 24))
+
+
+@pytest.mark.parametrize("swizzled", [False, True])
+def test_each_quantized_matrix_keeps_its_global_scale(swizzled: bool) -> None:
+    w = pair(1, 24, 64)
+    x = halves(0, 3, 5, 64) * torch.tensor([1.0, 8.0, 0.1]).half().view(3, 1, 1)
+    q = quantize(x, layout="swizzled" if swizzled else "linear")
+    got = dual_gemm(q, w, out_dtype=torch.float16)
+    for i in range(3):
+        assert torch.equal(got[i], dual_gemm(q[i], w, out_dtype=torch.float16))
+
+
+def test_non_contiguous_input_and_output() -> None:
+    w = pair(1, 24, 64)
+    x = halves(0, 64, 14).t()[::2]
+    expected = dual_gemm(x.contiguous(), w)
+    assert torch.equal(dual_gemm(x, w), expected)
+    out = torch.full((24, 14), 5.0).half().t()
+    assert dual_gemm(x, w, out=out[::2]).data_ptr() == out.data_ptr()
+    assert torch.equal(out[::2], expected)
+    assert (out[1::2] == 5).all()
+    three = torch.zeros(24, 7, 2).half().permute(2, 1, 0)
+    dual_gemm(x.expand(2, 7, 64), w, out=three)
+    assert torch.equal(three[1], expected)
+    q = quantize(x)
+    columns = NVFP4Tensor(q.codes.t().contiguous().t(), q.block_scale, q.global_scale)
+    assert torch.equal(dual_gemm(columns, w), dual_gemm(q, w))
+
+
+def test_bias_and_activations() -> None:
+    x = halves(0, 9, 64)
+    w = pair(1, 24, 64)
+    biased = GatedWeights(w.gate, w.up, gate_bias=torch.randn(24), up_bias=torch.randn(24).bfloat16())
+    for act in (SILU, glu4.clamped_silu(0.5), glu4.swiglu_oai(), glu4.IDENTITY):
+        assert_within_one_ulp(dual_gemm(x, biased, activation=act), spec(x, biased, activation=act))
+    stacked = GatedWeights(*(full_range(s, 3, 24, 64) for s in (1, 2)), gate_bias=torch.randn(3, 24))
+    q = quantize(halves(3, 7, 64))
+    expected = reference.grouped_dual_gemm(
+        q, stacked.gate, stacked.up, OFFSETS, gate_bias=stacked.gate_bias, out_dtype=torch.bfloat16
+    )
+    assert_within_one_ulp(grouped_dual_gemm(q, stacked, OFFSETS), expected)
+
+
+def test_output_types() -> None:
+    x, w = halves(0, 3, 64), pair(1, 24, 64)
+    assert dual_gemm(x, w).dtype == torch.float16
+    assert dual_gemm(x.bfloat16(), w).dtype == torch.bfloat16
+    assert dual_gemm(x.float(), w).dtype == torch.float32
+    assert dual_gemm(quantize(x), w).dtype == torch.bfloat16
+    assert dual_gemm(quantize(x), w, out=torch.empty(3, 24).half()).dtype == torch.float16
+    assert dual_gemm(x, w, out_dtype=torch.float32).dtype == torch.float32
+
+
+# ---- refusals ----
+
+W = pair(1, 24, 64)
+X = halves(0, 5, 64)
+BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
+    (lambda: dual_gemm(X[:, :48], W), ValueError, "x has K = 48 and gate has K = 64: they must be equal"),
+    (lambda: dual_gemm(X.double(), W), TypeError, "x: expected float16, bfloat16 or float32, or an NVFP4Tensor"),
+    (lambda: dual_gemm(X[0], W), ValueError, r"x: expected \[..., M, K\], got shape \[64\]"),
+    (lambda: dual_gemm("x", W), TypeError, "x: expected an NVFP4Tensor or a torch.Tensor, got str"),  # type: ignore[arg-type]
+    (lambda: dual_gemm(X.float().requires_grad_(), W), ValueError, "x requires grad, and glu4 has no backward pass yet"),
+    (lambda: dual_gemm(X.to("meta"), W), ValueError, "gate is on cpu, x is on meta"),
+    (
+        lambda: dual_gemm(X, (W.gate, pair(2, 16, 64).up)),
+        ValueError,
+        r"gate and up must have one shape, got \[24, 64\] and \[16, 64\]",
+    ),
+    (lambda: dual_gemm(X, W.gate), TypeError, "weights: expected GatedWeights or a"),  # type: ignore[arg-type]
+    (lambda: dual_gemm(X, W, activation="silu"), TypeError, "activation: expected a glu4.Activation such as glu4.SILU"),  # type: ignore[arg-type]
+    (
+        lambda: dual_gemm(X, W, out_dtype=torch.int8),
+        TypeError,
+        "out_dtype: expected float16, bfloat16 or float32, got torch.int8",
+    ),
+    (lambda: dual_gemm(X, W, out=torch.empty(5, 25).half()), ValueError, r"out: expected shape \[5, 24\], got \[5, 25\]"),
+    (
+        lambda: dual_gemm(X, W, out=torch.empty(5, 24), out_dtype=torch.float16),
+        TypeError,
+        "out: expected torch.float16, got torch.float32",
+    ),
+    (lambda: dual_gemm(X, W, backend="fastest"), ValueError, "backend: expected one of portable or None, got 'fastest'"),
+    (lambda: dual_gemm(X, pair(1, 2, 24, 64)), ValueError, r"gate \[2, 24, 64\] needs x \[2, M, 64\], got \[5, 64\]"),
+    (lambda: linear(X, W.gate, bias=torch.zeros(3)), ValueError, r"bias: expected shape \[24\], got \[3\]"),
+    (
+        lambda: linear(X, W.gate, bias=torch.zeros(24, dtype=torch.int32)),
+        TypeError,
+        "bias: expected float16, bfloat16 or float32",
+    ),
+    (lambda: linear(X, W.gate.codes), TypeError, "weight: expected an NVFP4Tensor, got Tensor"),  # type: ignore[arg-type]
+    (lambda: grouped_dual_gemm(X, W, OFFSETS), ValueError, r"gate, up: expected stacked \[E, N, K\]"),
+    (
+        lambda: grouped_dual_gemm(X, pair(1, 3, 24, 64), OFFSETS.long()),
+        ValueError,
+        r"group_offsets: expected int32 of shape \[4\]",
+    ),
+    (lambda: grouped_dual_gemm(X[None], pair(1, 3, 24, 64), OFFSETS), ValueError, r"x: expected \[rows, K\], sorted by expert"),
+    (
+        lambda: grouped_dual_gemm(quantize(X, layout="swizzled"), pair(1, 3, 24, 64), OFFSETS),
+        ValueError,
+        "grouped activations need linear block scales",
+    ),
+]
+
+
+@pytest.mark.parametrize("index", range(len(BAD)))
+def test_refusals(index: int) -> None:
+    call, error, message = BAD[index]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_an_x_that_requires_grad_is_fine_without_grad_mode() -> None:
+    with torch.no_grad():
+        dual_gemm(X.float().requires_grad_(), W)
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_fuzzed_arguments_give_the_right_result_or_one_clear_error(data: st.DataObject) -> None:
+    dims = st.integers(0, 3)
+    x_shape = [*data.draw(st.lists(dims, max_size=3)), 16 * data.draw(st.integers(0, 3))]
+    w_shape = [*data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=2)), 16 * data.draw(st.integers(1, 3))]
+    dtype = data.draw(st.sampled_from([torch.float16, torch.float32, torch.float64, torch.int8]))
+    x = torch.ones(x_shape, dtype=dtype)
+    w = pair(3, *w_shape)
+    try:
+        got = dual_gemm(x, w)
+    except (ValueError, TypeError) as error:
+        assert str(error).startswith(("x", "gate"))
+        return
+    assert got.shape == (*x_shape[:-1], w_shape[-2])
+    if got.numel():
+        assert_within_one_ulp(got.half(), spec(x, w))
