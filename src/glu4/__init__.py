@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from glu4.activation import IDENTITY, SILU, Activation, clamped_silu, swiglu_oai
+from glu4.checkpoint import load_gated_weights
 from glu4.dispatch import explain
 from glu4.errors import CheckpointError, UnsupportedError
 from glu4.nvfp4 import NVFP4Tensor, quantize
@@ -31,6 +32,7 @@ __all__ = [
     "explain",
     "grouped_dual_gemm",
     "linear",
+    "load_gated_weights",
     "quantize",
     "swiglu_oai",
 ]
