@@ -41,6 +41,11 @@ def _choice(argument: str, given: str, accepted: tuple[str, ...]) -> None:
         raise ValueError(f"{argument}: expected one of {', '.join(accepted)}, got {given!r}")
 
 
+def _in_blocks(x: Tensor) -> Tensor:
+    """`[..., K]` to `[..., K/16, 16]`."""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
+
+
 def unpack_codes(codes: Tensor) -> Tensor:
     """Packed uint8 `[..., K/2]` to one code a byte, uint8 `[..., K]`: even k is the low nibble."""
     return torch.stack((codes & 0xF, codes >> 4), dim=-1).flatten(-2)
@@ -128,7 +133,7 @@ class NVFP4Tensor:
         table = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=self.device)
         values = table[unpack_codes(self.codes).to(torch.int32)]
         scale = self.linear_block_scale().to(torch.float32)
-        return (values.unflatten(-1, (-1, BLOCK)) * scale.unsqueeze(-1)).flatten(-2).to(dtype)
+        return (_in_blocks(values) * scale.unsqueeze(-1)).flatten(-2).to(dtype)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values `[..., rows, K]`: exact in float64; otherwise one float32 product, then rounded to `dtype`."""
@@ -369,7 +374,7 @@ def quantize(
     given = _given_global_scale(global_scale, batch, x.device)
     per_matrix = _global_scale(values, method) if given is None else given
     g = per_matrix[..., None, None]
-    blocks = values.unflatten(-1, (-1, BLOCK))
+    blocks = _in_blocks(values)
     block_amax = blocks.abs().amax(-1)
     scale = _block_scale(block_amax, 6.0, g)
     codes = _encode(blocks, scale, g)
@@ -380,7 +385,7 @@ def quantize(
         scale = torch.where(better, scale4, scale)
         codes = torch.where(better.unsqueeze(-1), codes4, codes)
     if nonfinite == "propagate":
-        scale = torch.where(finite.unflatten(-1, (-1, BLOCK)).all(-1), scale, torch.nan)
+        scale = torch.where(_in_blocks(finite).all(-1), scale, torch.nan)
     made = _unchecked(pack_codes(codes.flatten(-2)), scale.to(torch.float8_e4m3fn), per_matrix)
     return made.to_swizzled() if layout == "swizzled" else made
 
