@@ -1,0 +1,8 @@
+"""NVFP4 in models: GatedMLP and NVFP4Linear, and Hugging Face models that use them."""
+
+from glu4.nn.convert import ConversionReport, convert
+from glu4.nn.load import load
+from glu4.nn.modules import GatedMLP, Mode, NVFP4Linear, set_mode
+from glu4.nn.save import save
+
+__all__ = ["ConversionReport", "GatedMLP", "Mode", "NVFP4Linear", "convert", "load", "save", "set_mode"]

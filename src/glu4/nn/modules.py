@@ -1,0 +1,219 @@
+"""GatedMLP and NVFP4Linear: NVFP4 weights as torch modules, W4A16 or W4A4.
+
+W4A16 multiplies the weights by the activations as they are. W4A4 quantises the activations of each call first: under the
+stored input scale where there is one, else under one scale for the whole call, amax / (6 * 448). With such a dynamic scale a
+token's result depends on the other tokens of its call. Not-a-number and infinite activations reach the output as NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, cast, get_args
+
+from torch import Tensor, nn
+
+from glu4 import ops
+from glu4.activation import SILU, Activation
+from glu4.nvfp4 import NVFP4Tensor, quantize
+from glu4.weights import GatedWeights
+
+__all__ = ["GatedMLP", "Mode", "NVFP4Linear", "check_mode", "set_mode"]
+
+Mode = Literal["w4a16", "w4a4"]
+
+
+def check_mode(mode: str) -> Mode:
+    """`mode` itself, or ValueError naming the accepted ones."""
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode: expected one of {', '.join(get_args(Mode))}, got {mode!r}")
+    return cast(Mode, mode)
+
+
+class _ExactBuffers(nn.Module):
+    """A module some of whose buffers move with the model but are never cast: .half() would change what they mean."""
+
+    exact_buffers: ClassVar[tuple[str, ...]] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _ExactBuffers:
+        before = {name: self._buffers[name] for name in self.exact_buffers}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+class _Matrix(_ExactBuffers):
+    """The three parts of an NVFP4Tensor as buffers."""
+
+    exact_buffers = ("codes", "block_scale", "global_scale")
+    codes: Tensor
+    block_scale: Tensor
+    global_scale: Tensor
+
+    def __init__(self, matrix: NVFP4Tensor) -> None:
+        super().__init__()
+        for name in self.exact_buffers:
+            self.register_buffer(name, getattr(matrix, name))
+
+    def tensor(self) -> NVFP4Tensor:
+        """The buffers as one value; checks scales on the CPU, as every NVFP4Tensor does."""
+        return NVFP4Tensor(self.codes, self.block_scale, self.global_scale)
+
+
+def _operand(x: Tensor, mode: Mode, input_scale: Tensor | None) -> Tensor | NVFP4Tensor:
+    """x `[..., K]` as `[rows, K]`, quantised if the mode says so."""
+    rows = x.reshape(-1, x.shape[-1])
+    return quantize(rows, input_scale, nonfinite="propagate") if mode == "w4a4" else rows
+
+
+def _detached(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach()
+
+
+def _check_features(x: Tensor, k: int) -> None:
+    if x.shape[-1] != k:
+        raise ValueError(f"x: expected [..., {k}], got shape {list(x.shape)}")
+
+
+class GatedMLP(_ExactBuffers):
+    """down_proj(act(x @ gate^T) * (x @ up^T)): a gated MLP whose gate and up are NVFP4, each with its own global scale.
+
+    weights     GatedWeights `[N, K]`; kept as buffers under the names of `GatedWeights.state_dict`, so that .to(),
+                state_dict and load_state_dict work; .half() and the like leave codes and scales alone
+    down_proj   any module from `[..., N]`: nn.Linear, NVFP4Linear, ...
+    activation  the gated activation, SiLU by default
+    mode        "w4a16" or "w4a4"; may be set later
+    forward     x `[..., K]`, float16, bfloat16 or float32, to down_proj's output; there is no backward pass
+
+    Raises ValueError for stacked weights (those are for glu4.grouped_dual_gemm) or an unknown mode.
+    """
+
+    exact_buffers = ("input_scale",)
+    input_scale: Tensor | None
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+
+    def __init__(
+        self, weights: GatedWeights, down_proj: nn.Module, *, activation: Activation = SILU, mode: Mode = "w4a16"
+    ) -> None:
+        super().__init__()
+        self._ready: GatedWeights | None = None
+        self.activation = activation
+        self.mode: Mode = check_mode(mode)
+        for name in ("input_scale", "gate_bias", "up_bias"):
+            self.register_buffer(name, None)
+        self.weights = weights
+        self.down_proj = down_proj
+
+    @property
+    def weights(self) -> GatedWeights:
+        """Gate and up, checked and prepared once for the device they are on; set it to replace them."""
+        if self._ready is None:
+            gate, up = self.gate.tensor(), self.up.tensor()
+            made = GatedWeights(gate, up, self.input_scale, self.gate_bias, self.up_bias)
+            self._ready = made.prepare(gate.device)
+        return self._ready
+
+    @weights.setter
+    def weights(self, weights: GatedWeights) -> None:
+        if len(weights.shape) != 2:
+            raise ValueError(f"weights: expected gate and up [N, K], got a stack {list(weights.shape)}; see grouped_dual_gemm")
+        self.gate, self.up = _Matrix(weights.gate), _Matrix(weights.up)
+        for name in ("input_scale", "gate_bias", "up_bias"):
+            setattr(self, name, _detached(getattr(weights, name)))
+        self._ready = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatedMLP:
+        self._ready = None
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._ready = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., K]` to down_proj's output, through `[..., N]` in x's dtype."""
+        weights = self.weights
+        _check_features(x, weights.shape[-1])
+        operand = _operand(x, self.mode, self.input_scale)
+        hidden = ops.dual_gemm(operand, weights, activation=self.activation, out_dtype=x.dtype)
+        return cast(Tensor, self.down_proj(hidden.view(*x.shape[:-1], weights.shape[0])))
+
+    def extra_repr(self) -> str:
+        n, k = self.weights.shape
+        return f"in_features={k}, gated_features={n}, activation={self.activation.name}, mode={self.mode}"
+
+
+class NVFP4Linear(_ExactBuffers):
+    """x @ weight^T + bias with an NVFP4 weight: the counterpart of torch.nn.Linear, W4A16 or W4A4.
+
+    weight       NVFP4Tensor `[N, K]`, kept as buffers weight.codes, weight.block_scale, weight.global_scale
+    bias         `[N]`, float16, bfloat16 or float32, or None
+    input_scale  float32 multiplier `[]` for quantising activations, or None: dynamic
+    forward      x `[..., K]`, float16, bfloat16 or float32, to `[..., N]` in x's dtype; there is no backward pass
+    """
+
+    exact_buffers = ("input_scale",)
+    input_scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self, weight: NVFP4Tensor, bias: Tensor | None = None, *, input_scale: Tensor | None = None, mode: Mode = "w4a16"
+    ) -> None:
+        super().__init__()
+        if weight.ndim != 2:
+            raise ValueError(f"weight: expected [N, K], got shape {list(weight.shape)}")
+        self.out_features, self.in_features = weight.shape
+        self.mode: Mode = check_mode(mode)
+        self.weight = _Matrix(weight)
+        self.register_buffer("bias", _detached(bias))
+        self.register_buffer("input_scale", input_scale)
+        self._ready: NVFP4Tensor | None = None
+
+    @property
+    def matrix(self) -> NVFP4Tensor:
+        """The weight as one value, checked once."""
+        if self._ready is None:
+            made = self.weight.tensor()
+            made.check_values()
+            self._ready = made
+        return self._ready
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NVFP4Linear:
+        self._ready = None
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._ready = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., K]` to `[..., N]`."""
+        matrix = self.matrix
+        _check_features(x, matrix.k)
+        out = ops.linear(_operand(x, self.mode, self.input_scale), matrix, bias=self.bias, out_dtype=x.dtype)
+        return out.view(*x.shape[:-1], matrix.rows)
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, mode={self.mode}"
+
+
+def set_mode(model: nn.Module, mode: Mode) -> int:
+    """Switch every GatedMLP and NVFP4Linear of `model` to "w4a16" or "w4a4"; returns how many there are.
+
+    Raises ValueError for an unknown mode or a model that holds no such module.
+    """
+    check_mode(mode)
+    found = [m for m in model.modules() if isinstance(m, (GatedMLP, NVFP4Linear))]
+    if not found:
+        raise ValueError(
+            "model: holds no GatedMLP and no NVFP4Linear; convert it with glu4.nn.convert or load it with glu4.nn.load"
+        )
+    for module in found:
+        module.mode = mode
+    return len(found)
