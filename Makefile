@@ -48,7 +48,7 @@ prove-all: $(VENV)/.dev
 	$(BIN)/pytest -n 2 -m "slow"
 
 bench-cpu: $(VENV)/.base
-	$(BIN)/python benchmarks/cpu.py --output benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/cpu.py --output benchmarks/results/cpu-$$(nproc)-cores.json
 
 figures: $(VENV)/.base
 	$(BIN)/python docs/figures.py
