@@ -163,7 +163,9 @@ FAULTS: dict[str, Callable[[Matrix], None]] = {
 SAME_SUMS = {"nibbles swapped": [{"x"}, {"gate", "up"}], "e4m3fnuz decode": [{"x"}, {"gate", "up"}]}
 
 
-@pytest.mark.parametrize("where", [{"x"}, {"gate", "up"}, {"x", "gate", "up"}, {"gate"}, {"up"}], ids=lambda names: "+".join(sorted(names)))
+@pytest.mark.parametrize(
+    "where", [{"x"}, {"gate", "up"}, {"x", "gate", "up"}, {"gate"}, {"up"}], ids=lambda names: "+".join(sorted(names))
+)
 @pytest.mark.parametrize("name", FAULTS)
 def test_operand(name: str, where: set[str]) -> None:
     case = dense(11, out_dtype=torch.bfloat16)
