@@ -58,7 +58,7 @@ def test_opcheck(quantized: bool) -> None:
     out = torch.empty(7, 24, dtype=torch.float16)
     bias = torch.randn(24)
     calls = [
-        (torch.ops.glu4.dual_gemm, (out, xs, parts(w.gate), parts(w.up), bias, None, *SILU_ARGS)),
+        (torch.ops.glu4.dual_gemm, (out, xs, parts(w.gate), parts(w.up), None, bias, None, *SILU_ARGS)),
         (torch.ops.glu4.linear, (out, xs, parts(w.gate), bias, "portable")),
         (
             torch.ops.glu4.grouped_dual_gemm,
@@ -90,6 +90,18 @@ def test_compiles_to_one_graph(name: str) -> None:
     for m in (7, 12):
         x = halves(m, m, 64)
         assert torch.equal(compiled(x, w), function(x, w))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_nvfp4_activations_and_experts_compile_to_one_graph(backend: str) -> None:
+    w, stacked, x = pair(1, 24, 64), pair(2, 3, 24, 64), quantize(halves(0, 7, 64))
+
+    def both(x: NVFP4Tensor, w: GatedWeights, stacked: GatedWeights, offsets: torch.Tensor) -> list[torch.Tensor]:
+        out = torch.zeros(7, 24, dtype=torch.float16)
+        return [dual_gemm(x, w), grouped_dual_gemm(x, stacked, offsets), grouped_dual_gemm(x, stacked, offsets, out=out)]
+
+    got = torch.compile(both, fullgraph=True, backend=backend)(x, w, stacked, OFFSETS)
+    assert all(torch.equal(a, b) for a, b in zip(got, both(x, w, stacked, OFFSETS), strict=True))
 
 
 def test_compiles_with_inductor() -> None:
@@ -167,6 +179,46 @@ def test_non_contiguous_input_and_output() -> None:
     assert torch.equal(dual_gemm(columns, w), dual_gemm(q, w))
 
 
+def test_grouped_output_of_any_strides_keeps_rows_beyond_the_last_expert() -> None:
+    x, w = halves(0, 9, 64), pair(1, 3, 24, 64)
+    out = torch.full((24, 18), 5.0).half().t()[::2]
+    assert grouped_dual_gemm(x, w, OFFSETS, out=out) is out
+    assert torch.equal(out[:7], grouped_dual_gemm(x, w, OFFSETS)[:7])
+    assert (out[7:] == 5).all()
+
+
+def test_an_output_beside_x_in_one_buffer_is_fine_and_one_over_x_is_not() -> None:
+    buffer = torch.zeros(5, 100).half()
+    x, w = buffer[:, :64].copy_(halves(0, 5, 64)), pair(1, 24, 64)
+    expected = dual_gemm(x.clone(), w)
+    for beside in (buffer[:, 64:88], buffer[:, 76:]):
+        assert torch.equal(dual_gemm(x, w, out=beside), expected)
+    square, stacked = pair(1, 64, 64), pair(2, 3, 64, 64)
+    for over in (lambda: dual_gemm(x, w, out=buffer[:, 40:64]), lambda: linear(x, w.gate, out=buffer[:, 63:87])):
+        with pytest.raises(ValueError, match="out overlaps x in memory"):
+            over()
+    dense = halves(0, 7, 64)
+    for itself in (lambda: dual_gemm(dense, square, out=dense), lambda: grouped_dual_gemm(dense, stacked, OFFSETS, out=dense)):
+        with pytest.raises(ValueError, match="out overlaps x in memory"):
+            itself()
+
+
+def test_a_call_reads_no_value_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = halves(0, 5, 64), GatedWeights(pair(1, 24, 64).gate, pair(1, 24, 64).up, torch.tensor(0.1)).prepare("cpu")
+    q, stacked = quantize(x), pair(2, 3, 24, 64).to("meta")
+
+    def read(*_: object) -> None:
+        raise AssertionError("a value was read, which would synchronise a device")
+
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, read)
+    for operand in (x, q):
+        dual_gemm(operand, w)
+        linear(operand, w.gate)
+    # the portable grouped operator must read the offsets; what is before it, on any device, reads nothing
+    assert grouped_dual_gemm(x.to("meta"), stacked, OFFSETS.to("meta")).shape == (5, 24)
+
+
 def test_bias_and_activations() -> None:
     x = halves(0, 9, 64)
     w = pair(1, 24, 64)
@@ -220,13 +272,35 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
         TypeError,
         "out: expected torch.float16, got torch.float32",
     ),
-    (lambda: dual_gemm(X, W, backend="fastest"), ValueError, "backend: expected one of portable or None, got 'fastest'"),
+    (
+        lambda: dual_gemm(X, W, backend="fastest"),
+        ValueError,
+        "backend: expected one of hopper, portable or None, got 'fastest'",
+    ),
     (lambda: dual_gemm(X, pair(1, 2, 24, 64)), ValueError, r"gate \[2, 24, 64\] needs x \[2, M, 64\], got \[5, 64\]"),
     (lambda: linear(X, W.gate, bias=torch.zeros(3)), ValueError, r"bias: expected shape \[24\], got \[3\]"),
     (
         lambda: linear(X, W.gate, bias=torch.zeros(24, dtype=torch.int32)),
         TypeError,
         "bias: expected float16, bfloat16 or float32",
+    ),
+    (lambda: dual_gemm(X.to_sparse(), W), TypeError, r"x: expected a dense tensor, got torch.sparse_coo; x.to_dense\(\)"),
+    (lambda: dual_gemm(X, W, out=[0.0]), TypeError, "out: expected a torch.Tensor, got list"),  # type: ignore[arg-type]
+    (
+        lambda: dual_gemm(X, W, out=torch.empty(1, 24).half().expand(5, 24)),
+        ValueError,
+        r"out: several of its elements are one in memory \(it is expanded\)",
+    ),
+    (lambda: linear(X, W.gate, bias=[0.0]), TypeError, "bias: expected a torch.Tensor, got list"),  # type: ignore[arg-type]
+    (
+        lambda: grouped_dual_gemm(X, pair(1, 3, 24, 64), [0, 2, 2, 7]),  # type: ignore[arg-type]
+        TypeError,
+        "group_offsets: expected a torch.Tensor, got list",
+    ),
+    (
+        lambda: grouped_dual_gemm(X, pair(1, 3, 24, 64), OFFSETS.to("meta")),
+        ValueError,
+        "group_offsets is on meta, x is on cpu",
     ),
     (lambda: linear(X, W.gate.codes), TypeError, "weight: expected an NVFP4Tensor, got Tensor"),  # type: ignore[arg-type]
     (lambda: grouped_dual_gemm(X, W, OFFSETS), ValueError, r"gate, up: expected stacked \[E, N, K\]"),
@@ -273,3 +347,50 @@ def test_fuzzed_arguments_give_the_right_result_or_one_clear_error(data: st.Data
     assert got.shape == (*x_shape[:-1], w_shape[-2])
     if got.numel():
         assert_within_one_ulp(got.half(), spec(x, w))
+
+
+@given(
+    offsets=st.lists(st.integers(-1, 9), min_size=0, max_size=5),
+    rows=st.integers(0, 8),
+    experts=st.integers(0, 4),
+    dtype=st.sampled_from([torch.int32, torch.int64]),
+    quantized=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_fuzzed_group_offsets_give_the_right_result_or_one_clear_error(
+    offsets: list[int], rows: int, experts: int, dtype: torch.dtype, quantized: bool
+) -> None:
+    x, w = halves(1, rows, 32), pair(2, experts, 8, 32)
+    operand = quantize(x) if quantized else x
+    given_offsets = torch.tensor(offsets, dtype=dtype)
+    out = torch.full((rows, 8), 7.0).half()
+    try:
+        grouped_dual_gemm(operand, w, given_offsets, out=out)
+    except ValueError as error:
+        assert str(error).startswith("group_offsets: expected")
+        in_order = offsets == sorted(offsets) and offsets[:1] == [0] and offsets[-1] <= rows
+        assert not (dtype == torch.int32 and len(offsets) == experts + 1 and in_order)
+        return
+    expected = reference.grouped_dual_gemm(operand, w.gate, w.up, given_offsets, out_dtype=torch.float16)
+    if expected.numel():
+        assert_within_one_ulp(out[: offsets[-1]], expected)
+    assert (out[offsets[-1] :] == 7).all()
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_fuzzed_linear_gives_the_right_result_or_one_clear_error(data: st.DataObject) -> None:
+    dims = st.lists(st.integers(0, 3), max_size=2)
+    x_shape = [*data.draw(dims), data.draw(st.integers(0, 3)), 16 * data.draw(st.integers(1, 3))]
+    w = full_range(4, *data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=2)), 16 * data.draw(st.integers(1, 3)))
+    bias = data.draw(st.sampled_from([None, torch.ones(w.shape[:-1]), torch.ones(7)]))
+    x = torch.randn(x_shape, generator=torch.Generator().manual_seed(5))
+    try:
+        got = linear(x, w, bias=bias, out_dtype=torch.bfloat16)
+    except ValueError as error:
+        assert str(error).startswith(("x", "weight", "bias"))
+        return
+    expected = reference.linear(x, w, bias=bias, out_dtype=torch.bfloat16)
+    assert got.shape == expected.shape
+    if got.numel():
+        assert_within_one_ulp(got, expected)

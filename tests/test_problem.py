@@ -29,6 +29,19 @@ def test_grouped() -> None:
 
 
 @pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"rows": -1}, "rows, experts, n: expected non-negative sizes, got -1, 4, 8"),
+        ({"k": 24}, "k: expected a positive multiple of 16, got 24"),
+        ({"x_format": "fp8"}, "x_format: expected nvfp4, float16, bfloat16 or float32, got 'fp8'"),
+    ],
+)
+def test_bad_grouped_problems(kwargs: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GroupedProblem(**{"rows": 10, "experts": 4, "n": 8, "k": 32, **kwargs})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
         ({"k": 24}, ValueError, "k: expected a positive multiple of 16, got 24"),

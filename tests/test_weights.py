@@ -45,6 +45,9 @@ def test_prepare_checks_values_and_can_free_the_original() -> None:
     prepared = w.prepare("cpu", free_original=True)
     assert prepared.shape == (8, 32)
     assert not hasattr(w, "gate")
+    for use in (lambda: w.shape, lambda: repr(w), lambda: dual_gemm(torch.zeros(1, 32), w)):
+        with pytest.raises(AttributeError, match=r"emptied by prepare\(free_original=True\); use the weights it returned"):
+            use()
     t = full_range(1, 8, 32)
     bad = _unchecked(t.codes, t.block_scale.view(torch.uint8).fill_(0x7F).view(torch.float8_e4m3fn), t.global_scale)
     with pytest.raises(ValueError, match="16 of 16 e4m3 scales are NaN"):
@@ -57,6 +60,9 @@ def test_prepare_checks_values_and_can_free_the_original() -> None:
         (lambda: GatedWeights(full_range(1, 8, 32), full_range(1, 8, 16)), ValueError, "gate and up must have one shape"),
         (lambda: GatedWeights(full_range(1, 8, 32), torch.zeros(8, 32)), TypeError, "up: expected an NVFP4Tensor, got Tensor"),
         (lambda: weights(8, 32, gate_bias=torch.zeros(9)), ValueError, r"gate_bias: expected shape \[8\], got \[9\]"),
+        (lambda: weights(8, 32, up_bias=[0.0] * 8), TypeError, "up_bias: expected a torch.Tensor, got list"),
+        (lambda: weights(8, 32, input_scale=0.5), TypeError, "input_scale: expected a torch.Tensor, got float"),
+        (lambda: weights(8, 32, gate_bias=torch.zeros(8, device="meta")), ValueError, "gate_bias is on meta, gate is on cpu"),
         (
             lambda: weights(8, 32, input_scale=torch.tensor(0.0)),
             ValueError,

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
+from glu4.backends.hopper import launch as hopper
+from glu4.backends.hopper.config import SHIPPED, legal
+from glu4.errors import UnsupportedError
 from glu4.problem import GroupedProblem, Problem
 
 __all__ = ["BACKENDS", "Candidate", "Explanation", "explain", "select"]
 
-BACKENDS = ("portable",)
+BACKENDS = ("hopper", "portable")
 
 
 @dataclass(frozen=True)
@@ -47,24 +50,65 @@ def _describe(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)}, sm_{major}{minor})"
 
 
+def _hopper_refusal(problem: Problem | GroupedProblem, device: torch.device) -> str | None:
+    """Why the Hopper kernels cannot run `problem` on `device`; None when they can, given packed weights."""
+    if not hopper.is_hopper(device):
+        return "needs a GPU of compute capability 9.0"
+    reasons = [legal(config, problem) for config in SHIPPED]
+    if all(reasons):
+        return reasons[0]
+    if isinstance(problem, Problem) and not hopper.available(problem):
+        return "its kernels are not compiled here; run glu4 compile"
+    return None
+
+
 def _portable_reason(problem: Problem | GroupedProblem, device: torch.device) -> str:
+    how = "decodes exactly, a block at a time, and uses torch.matmul"
     if device.type == "cpu":
-        return "decodes exactly, a block at a time, and uses torch.matmul"
-    reason = "fallback: there is no compiled kernel for this device yet; decodes a block at a time and uses torch.matmul"
+        return how
+    reason = f"fallback on every device: {how}"
     if isinstance(problem, GroupedProblem):
         reason += "; reads group_offsets on the host, so it synchronises and cannot be captured in a CUDA graph"
     return reason
 
 
 def explain(problem: Problem | GroupedProblem, device: torch.device | str = "cpu") -> Explanation:
-    """The backends that could run `problem` on `device`, which one is chosen, and why not the others."""
+    """The backends that could run `problem` on `device`, which one is chosen, and why not the others.
+
+    The Hopper backend runs weights that `GatedWeights.prepare` has packed; others go to the portable one.
+    """
+    if not isinstance(problem, (Problem, GroupedProblem)):
+        raise TypeError(f"problem: expected a glu4.Problem or glu4.GroupedProblem, got {type(problem).__name__}")
     device = torch.device(device)
-    portable = Candidate("portable", True, _portable_reason(problem, device))
-    return Explanation(problem, _describe(device), (portable,))
+    refusal = _hopper_refusal(problem, device)
+    candidates = (
+        Candidate("hopper", refusal is None, refusal or "weights from GatedWeights.prepare, decoded in registers"),
+        Candidate("portable", True, _portable_reason(problem, device)),
+    )
+    return Explanation(problem, _describe(device), candidates)
 
 
-def select(problem: Problem | GroupedProblem, device: torch.device, backend: str | None) -> str:
-    """The backend for a call; raises ValueError for an unknown name."""
+def packs(device: torch.device) -> bool:
+    """Whether `GatedWeights.prepare` should pack for `device`: a Hopper GPU for which kernels are there."""
+    if not hopper.is_hopper(device):
+        return False
+    return any(hopper.available(Problem(1, 64, 64, x_format="float16", out_dtype=t)) for t in (torch.float16, torch.bfloat16))
+
+
+def select(problem: Problem | GroupedProblem, device: torch.device, backend: str | None, packed: bool = False) -> str:
+    """The backend for a call: "hopper" for packed weights where it can run, else "portable".
+
+    Raises ValueError for an unknown `backend`, UnsupportedError when the one insisted on cannot run.
+    """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
-    return backend or "portable"
+    if backend == "portable" or (backend is None and not packed):
+        return "portable"
+    refusal = _hopper_refusal(problem, device)
+    if refusal is None and not packed:
+        refusal = "its weights are not packed; use GatedWeights.prepare"
+    if refusal is None:
+        return "hopper"
+    if backend == "hopper":
+        raise UnsupportedError(f"backend hopper: {refusal}")
+    return "portable"

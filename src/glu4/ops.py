@@ -13,8 +13,9 @@ from torch import Tensor
 from glu4 import dispatch
 from glu4.activation import SILU, Activation
 from glu4.backends import portable
+from glu4.backends.hopper import launch as hopper
 from glu4.nvfp4 import NVFP4Tensor, _unchecked
-from glu4.problem import GroupedProblem, Problem, check_dense, check_grouped
+from glu4.problem import check_dense, check_grouped, dense_problem, grouped_problem
 from glu4.weights import GatedWeights
 
 __all__ = ["dual_gemm", "grouped_dual_gemm", "linear"]
@@ -45,6 +46,7 @@ def _dual_gemm(
     x: list[Tensor],
     gate: list[Tensor],
     up: list[Tensor],
+    packed: Tensor | None,
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
     activation: str,
@@ -52,12 +54,27 @@ def _dual_gemm(
     backend: str,
 ) -> None:
     act = Activation(activation, *constants)
-    portable.dense(out, _operand(x), _nvfp4(gate), _nvfp4(up), gate_bias, up_bias, act)
+    operand, gate_matrix, up_matrix = _operand(x), _nvfp4(gate), _nvfp4(up)
+    has_bias = gate_bias is not None or up_bias is not None
+    problem = dense_problem(operand, gate_matrix, dual=True, activation=act, out_dtype=out.dtype, has_bias=has_bias)
+    # the Hopper kernel knows one global scale for all of x
+    one_scale = not isinstance(operand, NVFP4Tensor) or operand.global_scale.ndim == 0
+    chosen = dispatch.select(problem, out.device, backend or None, packed=packed is not None and one_scale)
+    if chosen == "hopper" and packed is not None:
+        scales = (gate_matrix.global_scale, up_matrix.global_scale)
+        biases = (None if gate_bias is None else gate_bias.float(), None if up_bias is None else up_bias.float())
+        hopper.dense(out, operand, packed, scales, biases, act, problem)
+    else:
+        portable.dense(out, operand, gate_matrix, up_matrix, gate_bias, up_bias, act)
 
 
 @torch.library.custom_op("glu4::linear", mutates_args=("out",))
 def _linear(out: Tensor, x: list[Tensor], weight: list[Tensor], bias: Tensor | None, backend: str) -> None:
-    portable.dense(out, _operand(x), _nvfp4(weight), None, bias, None, SILU)
+    operand, matrix = _operand(x), _nvfp4(weight)
+    has_bias = bias is not None
+    problem = dense_problem(operand, matrix, dual=False, activation=SILU, out_dtype=out.dtype, has_bias=has_bias)
+    dispatch.select(problem, out.device, backend or None)
+    portable.dense(out, operand, matrix, None, bias, None, SILU)
 
 
 @torch.library.custom_op("glu4::grouped_dual_gemm", mutates_args=("out",))
@@ -74,7 +91,11 @@ def _grouped_dual_gemm(
     backend: str,
 ) -> None:
     act = Activation(activation, *constants)
-    portable.grouped(out, _operand(x), _nvfp4(gate), _nvfp4(up), group_offsets, gate_bias, up_bias, act)
+    operand, gate_matrix, up_matrix = _operand(x), _nvfp4(gate), _nvfp4(up)
+    has_bias = gate_bias is not None or up_bias is not None
+    problem = grouped_problem(operand, gate_matrix, activation=act, out_dtype=out.dtype, has_bias=has_bias)
+    dispatch.select(problem, out.device, backend or None)
+    portable.grouped(out, operand, gate_matrix, up_matrix, group_offsets, gate_bias, up_bias, act)
 
 
 def _fills_out(*_: object) -> None:
@@ -114,12 +135,12 @@ def _constants(activation: Activation) -> list[float]:
     return [activation.alpha, activation.beta, activation.limit]
 
 
-def _target(x: Operand, problem: Problem | GroupedProblem, out: Tensor | None) -> Tensor:
-    """What the operator fills, in the problem's shape: `out` itself, seen so, where its strides allow that."""
-    shape = problem.out_shape if isinstance(problem, GroupedProblem) or problem.batched else problem.out_shape[1:]
+def _target(x: Operand, n: int, batched: bool, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """What the operator fills, `[M, N]` or `[L, M, N]`: `out` itself, seen so, where its strides allow that."""
+    shape = (*x.shape[:-1], n) if batched else (x.shape[:-1].numel(), n)
     if out is not None and (out.ndim == len(shape) or out.is_contiguous()):
         return out.view(shape)
-    return torch.empty(shape, dtype=problem.out_dtype, device=x.device)
+    return torch.empty(shape, dtype=dtype, device=x.device)
 
 
 def _result(x: Operand, target: Tensor, out: Tensor | None) -> Tensor:
@@ -158,19 +179,20 @@ def dual_gemm(
     """
     w = _split(weights)
     biases = {"gate_bias": w.gate_bias, "up_bias": w.up_bias}
-    problem = check_dense(x, {"gate": w.gate, "up": w.up}, biases=biases, activation=activation, out_dtype=out_dtype, out=out)
-    chosen = dispatch.select(problem, x.device, backend)
-    target = _target(x, problem, out)
+    dtype = check_dense(x, {"gate": w.gate, "up": w.up}, biases=biases, activation=activation, out_dtype=out_dtype, out=out)
+    batched = w.gate.ndim == 3
+    target = _target(x, w.gate.rows, batched, dtype, out)
     _dual_gemm(
         target,
-        _rows_of(x, problem.batched),
+        _rows_of(x, batched),
         _parts(w.gate),
         _parts(w.up),
+        w.packed,
         w.gate_bias,
         w.up_bias,
         activation.kind,
         _constants(activation),
-        chosen,
+        backend or "",
     )
     return _result(x, target, out)
 
@@ -188,10 +210,10 @@ def linear(
 
     x, out_dtype, out, backend and errors as for `dual_gemm`; weight `[N, K]` or `[L, N, K]`, bias `[N]` or `[L, N]`.
     """
-    problem = check_dense(x, {"weight": weight}, biases={"bias": bias}, out_dtype=out_dtype, out=out)
-    chosen = dispatch.select(problem, x.device, backend)
-    target = _target(x, problem, out)
-    _linear(target, _rows_of(x, problem.batched), _parts(weight), bias, chosen)
+    dtype = check_dense(x, {"weight": weight}, biases={"bias": bias}, out_dtype=out_dtype, out=out)
+    batched = weight.ndim == 3
+    target = _target(x, weight.rows, batched, dtype, out)
+    _linear(target, _rows_of(x, batched), _parts(weight), bias, backend or "")
     return _result(x, target, out)
 
 
@@ -217,9 +239,8 @@ def grouped_dual_gemm(
     """
     w = _split(weights)
     biases = {"gate_bias": w.gate_bias, "up_bias": w.up_bias}
-    problem = check_grouped(x, w.gate, w.up, group_offsets, biases=biases, activation=activation, out_dtype=out_dtype, out=out)
-    chosen = dispatch.select(problem, x.device, backend)
-    target = _target(x, problem, out)
+    dtype = check_grouped(x, w.gate, w.up, group_offsets, biases=biases, activation=activation, out_dtype=out_dtype, out=out)
+    target = _target(x, w.gate.rows, False, dtype, out)
     _grouped_dual_gemm(
         target,
         _rows_of(x, False),
@@ -230,6 +251,6 @@ def grouped_dual_gemm(
         w.up_bias,
         activation.kind,
         _constants(activation),
-        chosen,
+        backend or "",
     )
     return _result(x, target, out)

@@ -14,7 +14,7 @@ from torch import Tensor
 from glu4.activation import SILU, Activation
 from glu4.nvfp4 import BLOCK, NVFP4Tensor
 
-__all__ = ["GroupedProblem", "Problem", "check_dense", "check_grouped"]
+__all__ = ["GroupedProblem", "Problem", "check_dense", "check_grouped", "dense_problem", "grouped_problem"]
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -22,6 +22,15 @@ _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "
 
 def _nvfp4_bytes(rows: int, k: int) -> int:
     return rows * k // 2 + rows * k // BLOCK
+
+
+def _check_formats(k: int, x_format: str, out_dtype: torch.dtype) -> None:
+    if x_format not in ("nvfp4", *_NAMES.values()):
+        raise ValueError(f"x_format: expected nvfp4, float16, bfloat16 or float32, got {x_format!r}")
+    if k <= 0 or k % BLOCK:
+        raise ValueError(f"k: expected a positive multiple of {BLOCK}, got {k}")
+    if out_dtype not in FLOAT_DTYPES:
+        raise TypeError(f"out_dtype: expected float16, bfloat16 or float32, got {out_dtype}")
 
 
 @dataclass(frozen=True)
@@ -47,16 +56,11 @@ class Problem:
     def __post_init__(self) -> None:
         if self.operation not in ("dual_gemm", "linear"):
             raise ValueError(f"operation: expected dual_gemm or linear, got {self.operation!r}")
-        if self.x_format not in ("nvfp4", *_NAMES.values()):
-            raise ValueError(f"x_format: expected nvfp4, float16, bfloat16 or float32, got {self.x_format!r}")
         if min(self.m, self.n, self.batch) < 0:
             raise ValueError(f"m, n, batch: expected non-negative sizes, got {self.m}, {self.n}, {self.batch}")
         if self.batch != 1 and not self.batched:
             raise ValueError(f"batch: expected 1 without batched weights, got {self.batch}")
-        if self.k <= 0 or self.k % BLOCK:
-            raise ValueError(f"k: expected a positive multiple of {BLOCK}, got {self.k}")
-        if self.out_dtype not in FLOAT_DTYPES:
-            raise TypeError(f"out_dtype: expected float16, bfloat16 or float32, got {self.out_dtype}")
+        _check_formats(self.k, self.x_format, self.out_dtype)
 
     @property
     def weight_matrices(self) -> int:
@@ -96,6 +100,11 @@ class GroupedProblem:
     activation: Activation = SILU
     has_bias: bool = False
 
+    def __post_init__(self) -> None:
+        if min(self.rows, self.experts, self.n) < 0:
+            raise ValueError(f"rows, experts, n: expected non-negative sizes, got {self.rows}, {self.experts}, {self.n}")
+        _check_formats(self.k, self.x_format, self.out_dtype)
+
     @property
     def operation(self) -> str:
         return "grouped_dual_gemm"
@@ -123,22 +132,30 @@ def _itemsize(x_format: str) -> int:
 # ---- validation of a call ----
 
 
-def _x_format(x: Tensor | NVFP4Tensor) -> str:
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def _check_x(x: Tensor | NVFP4Tensor) -> None:
     if isinstance(x, NVFP4Tensor):
-        return "nvfp4"
+        return
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected an NVFP4Tensor or a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"x: expected float16, bfloat16 or float32, or an NVFP4Tensor (glu4.quantize), got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"x: expected a dense tensor, got {x.layout}; x.to_dense() makes one")
     if x.ndim < 2:
         raise ValueError(f"x: expected [..., M, K], got shape {list(x.shape)}")
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("x requires grad, and glu4 has no backward pass yet: call under torch.no_grad() or detach x")
-    return _NAMES[x.dtype]
 
 
 def _out_dtype(x: Tensor | NVFP4Tensor, out_dtype: torch.dtype | None, out: Tensor | None) -> torch.dtype:
     default = torch.bfloat16 if isinstance(x, NVFP4Tensor) else x.dtype
+    if out is not None:
+        _check_tensor("out", out)
     if out_dtype is None:
         return out.dtype if out is not None and out.dtype in FLOAT_DTYPES else default
     if out_dtype not in FLOAT_DTYPES:
@@ -165,6 +182,7 @@ def _check_biases(x: Tensor | NVFP4Tensor, shape: tuple[int, ...], biases: dict[
     for name, bias in biases.items():
         if bias is None:
             continue
+        _check_tensor(name, bias)
         if bias.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{name}: expected float16, bfloat16 or float32, got {bias.dtype}")
         if tuple(bias.shape) != shape:
@@ -184,6 +202,33 @@ def _check_out(x: Tensor | NVFP4Tensor, out: Tensor | None, shape: tuple[int, ..
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError("out requires grad, and glu4 has no backward pass yet: pass a tensor that does not")
     _check_device("out", out, x)
+    if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError("out: several of its elements are one in memory (it is expanded); pass a tensor of its own memory")
+    if isinstance(x, Tensor) and not torch.compiler.is_compiling() and _overlap(out, x):
+        raise ValueError("out overlaps x in memory, and x is read again after out is first written; pass another tensor")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the first or last element of one is an element of the other: true only of tensors that share memory."""
+    if not a.numel() or not b.numel() or a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+        return False
+    return any(_holds(s, end) for s, t in ((a, b), (b, a)) for end in _ends(t))
+
+
+def _ends(t: Tensor) -> tuple[int, int]:
+    """Byte offsets in its storage of a tensor's first and last element."""
+    first = t.storage_offset()
+    last = first + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return int(first * t.itemsize), int(last * t.itemsize)
+
+
+def _holds(t: Tensor, offset: int) -> bool:
+    """Whether a byte of its storage belongs to an element of `t`."""
+    rest = offset - t.storage_offset() * t.itemsize
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True), reverse=True):
+        if stride:
+            rest -= max(0, min(rest // (stride * t.itemsize), size - 1)) * stride * t.itemsize
+    return 0 <= rest < t.itemsize
 
 
 def check_dense(
@@ -194,13 +239,15 @@ def check_dense(
     activation: Activation = SILU,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
-) -> Problem:
-    """The Problem of a dense call, or the error of a bad one.
+) -> torch.dtype:
+    """Validate a dense call; returns the output's dtype.
+
+    It builds no Problem: torch.compile traces this, and older releases cannot trace the making of nested dataclasses.
 
     `weights` holds gate and up (dual_gemm) or weight (linear), by argument name. Weights `[N, K]` serve all leading
     dimensions of x, which count as rows; weights `[L, N, K]` pair with x `[L, M, K]`.
     """
-    x_format = _x_format(x)
+    _check_x(x)
     _check_weights(list(weights), list(weights.values()))
     first_name, first = next(iter(weights.items()))
     n, k = first.rows, first.k
@@ -215,19 +262,25 @@ def check_dense(
     dtype = _out_dtype(x, out_dtype, out)
     _check_biases(x, (*first.shape[:-2], n), biases)
     _check_out(x, out, (*x.shape[:-1], n), dtype)
-    batch = x.shape[0] if first.ndim == 3 else 1
-    rows = x.shape[-2] if first.ndim == 3 else x.shape[:-1].numel()
+    return dtype
+
+
+def dense_problem(
+    x: Tensor | NVFP4Tensor, weight: NVFP4Tensor, *, dual: bool, activation: Activation, out_dtype: torch.dtype, has_bias: bool
+) -> Problem:
+    """The Problem of a dense call that has been checked."""
+    batched = weight.ndim == 3
     return Problem(
-        m=rows,
-        n=n,
-        k=k,
-        batch=batch,
-        operation="dual_gemm" if len(weights) == 2 else "linear",
-        x_format=x_format,
-        out_dtype=dtype,
+        m=x.shape[-2] if batched else x.shape[:-1].numel(),
+        n=weight.rows,
+        k=weight.k,
+        batch=x.shape[0] if batched else 1,
+        operation="dual_gemm" if dual else "linear",
+        x_format="nvfp4" if isinstance(x, NVFP4Tensor) else _NAMES[x.dtype],
+        out_dtype=out_dtype,
         activation=activation,
-        has_bias=any(b is not None for b in biases.values()),
-        batched=first.ndim == 3,
+        has_bias=has_bias,
+        batched=batched,
     )
 
 
@@ -241,12 +294,12 @@ def check_grouped(
     activation: Activation = SILU,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
-) -> GroupedProblem:
-    """The GroupedProblem of a mixture-of-experts call, or the error of a bad one.
+) -> torch.dtype:
+    """Validate a mixture-of-experts call; returns the output's dtype.
 
     The values of `group_offsets` stay on the device and are not looked at.
     """
-    x_format = _x_format(x)
+    _check_x(x)
     _check_weights(("gate", "up"), (gate, up))
     if gate.ndim != 3:
         raise ValueError(f"gate, up: expected stacked [E, N, K], got shape {list(gate.shape)}")
@@ -257,6 +310,7 @@ def check_grouped(
     if isinstance(x, NVFP4Tensor) and x.is_swizzled:
         raise ValueError("x: grouped activations need linear block scales, got swizzled ones; use x.to_linear()")
     experts = gate.shape[0]
+    _check_tensor("group_offsets", group_offsets)
     if group_offsets.dtype != torch.int32 or tuple(group_offsets.shape) != (experts + 1,):
         raise ValueError(
             f"group_offsets: expected int32 of shape [{experts + 1}] (experts + 1), "
@@ -269,13 +323,20 @@ def check_grouped(
     dtype = _out_dtype(x, out_dtype, out)
     _check_biases(x, (experts, gate.rows), biases)
     _check_out(x, out, (x.shape[0], gate.rows), dtype)
+    return dtype
+
+
+def grouped_problem(
+    x: Tensor | NVFP4Tensor, gate: NVFP4Tensor, *, activation: Activation, out_dtype: torch.dtype, has_bias: bool
+) -> GroupedProblem:
+    """The GroupedProblem of a call that has been checked."""
     return GroupedProblem(
         rows=x.shape[0],
-        experts=experts,
+        experts=gate.shape[0],
         n=gate.rows,
         k=gate.k,
-        x_format=x_format,
-        out_dtype=dtype,
+        x_format="nvfp4" if isinstance(x, NVFP4Tensor) else _NAMES[x.dtype],
+        out_dtype=out_dtype,
         activation=activation,
-        has_bias=any(b is not None for b in biases.values()),
+        has_bias=has_bias,
     )

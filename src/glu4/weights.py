@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from glu4 import dispatch
+from glu4.backends.hopper.pack import pack_gated
 from glu4.nvfp4 import NVFP4Tensor
 
 __all__ = ["GatedWeights"]
@@ -41,15 +44,19 @@ class GatedWeights:
         if gate.device != up.device:
             raise ValueError(f"gate is on {gate.device}, up is on {up.device}: one device is needed")
         for name, bias in (("gate_bias", gate_bias), ("up_bias", up_bias)):
-            if bias is not None and tuple(bias.shape) != tuple(gate.shape[:-1]):
-                raise ValueError(f"{name}: expected shape {list(gate.shape[:-1])}, got {list(bias.shape)}")
+            if bias is not None:
+                _check_vector(name, bias, gate)
+                if tuple(bias.shape) != tuple(gate.shape[:-1]):
+                    raise ValueError(f"{name}: expected shape {list(gate.shape[:-1])}, got {list(bias.shape)}")
         if input_scale is not None:
+            _check_vector("input_scale", input_scale, gate)
             _check_input_scale(input_scale, tuple(gate.shape[:-2]))
         self.gate = gate
         self.up = up
         self.input_scale = input_scale
         self.gate_bias = gate_bias
         self.up_bias = up_bias
+        self.packed: Tensor | None = None  # what `prepare` made for a backend that wants its own order
 
     @property
     def shape(self) -> torch.Size:
@@ -69,13 +76,19 @@ class GatedWeights:
         scale = "dynamic" if self.input_scale is None else "static"
         return f"GatedWeights(shape={list(self.shape)}, input_scale={scale}, device={self.device})"
 
+    def __getattr__(self, name: str) -> Any:
+        # reached only for attributes that are not there
+        if name in ("gate", "up", "input_scale", "gate_bias", "up_bias", "shape", "device", "nbytes"):
+            raise AttributeError("these weights were emptied by prepare(free_original=True); use the weights it returned")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def _map(self, matrix: Callable[[NVFP4Tensor], NVFP4Tensor], vector: Callable[[Tensor], Tensor]) -> GatedWeights:
         def optional(t: Tensor | None) -> Tensor | None:
             return None if t is None else vector(t)
 
-        return GatedWeights(
-            matrix(self.gate), matrix(self.up), self.input_scale, optional(self.gate_bias), optional(self.up_bias)
-        )
+        made = GatedWeights(matrix(self.gate), matrix(self.up), None, optional(self.gate_bias), optional(self.up_bias))
+        made.input_scale = self.input_scale
+        return made
 
     def to(self, device: torch.device | str) -> GatedWeights:
         """The same weights on another device."""
@@ -86,14 +99,18 @@ class GatedWeights:
     def prepare(self, device: torch.device | str, free_original: bool = False) -> GatedWeights:
         """These weights on `device`, checked once and in the form its backend wants.
 
-        The portable backend reads NVFP4 as it is, so there preparing is a move and a check of every scale, which
+        On a Hopper GPU whose kernels are compiled, weights `[N, K]` are packed once into their order, besides the NVFP4 form.
+        The portable backend reads NVFP4 as it is, so elsewhere preparing is a move and a check of every scale, which
         synchronises. `free_original` empties this object, so that only the prepared one holds memory.
         Raises ValueError for NaN, negative or infinite scales.
         """
         prepared = self.to(device)
         prepared.gate.check_values()
         prepared.up.check_values()
+        if prepared.gate.ndim == 2 and dispatch.packs(prepared.device):
+            prepared.packed = pack_gated(prepared.gate, prepared.up)
         if free_original:
+            self.packed = None
             del self.gate, self.up, self.gate_bias, self.up_bias, self.input_scale
         return prepared
 
@@ -131,10 +148,18 @@ class GatedWeights:
         return cls(gate, up, **{name: state.get(name) for name in optional})
 
 
+def _check_vector(name: str, value: Tensor, gate: NVFP4Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.device != gate.device:
+        raise ValueError(f"{name} is on {value.device}, gate is on {gate.device}: one device is needed")
+
+
 def _check_input_scale(scale: Tensor, batch: tuple[int, ...]) -> None:
     if scale.dtype != torch.float32 or tuple(scale.shape) not in ((), batch):
         raise ValueError(
             f"input_scale: expected float32 of shape [] or {list(batch)}, got {scale.dtype} of shape {list(scale.shape)}"
         )
-    if scale.device.type == "cpu" and not bool((torch.isfinite(scale) & (scale > 0)).all()):
+    checked = scale.device.type == "cpu" and not torch.compiler.is_compiling()
+    if checked and not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise ValueError(f"input_scale: expected positive finite multipliers, got {scale.flatten()[:4].tolist()}")

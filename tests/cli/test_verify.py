@@ -96,6 +96,7 @@ def test_the_group_problem_can_be_asked_for(tmp_path):
         ("x = 1", ["--problem", "gemv"], "problem: expected one of dual_gemm, group_gemm, got 'gemv'"),
         ("x = 1", ["--timeout", "-1"], "timeout: expected a positive number of seconds, got -1.0"),
         ("x = 1", ["--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
+        ("x = 1", ["--cases", "3"], "--cases is for this machine's backends; leave it out"),
     ],
 )
 def test_what_cannot_run_is_exit_code_2_and_one_line(tmp_path, body, options, message):
@@ -130,6 +131,13 @@ def test_this_machines_backends_are_right():
     assert result.exit_code == 0, result.output
     assert "backends on cpu, seed 1" in result.stdout
     assert "right on all 8 cases" in result.stdout
+
+
+@pytest.mark.parametrize("option", ["--problem", "--log"])
+def test_options_of_submissions_are_not_dropped_without_one(option):
+    result = verify(option, "x")
+    assert result.exit_code == 2
+    assert f"--problem, --log are for a submission; add --submission FILE; got {option}" in result.stderr
 
 
 def test_a_wrong_backend_is_exit_code_1(monkeypatch):

@@ -348,6 +348,8 @@ def test_a_missing_file_an_odd_file_and_a_bad_limit_are_refused(tmp_path):
         run(tmp_path / "odd.py")
     with pytest.raises(ValueError, match=r"timeout: expected a positive number of seconds, got 0"):
         run(EXAMPLE, timeout=0)
+    with pytest.raises(ValueError, match=r"timeout: expected a positive number of seconds, got nan"):
+        run(EXAMPLE, timeout=float("nan"))
     with pytest.raises(ValueError, match=r"problem: expected one of dual_gemm, group_gemm, got 'gemv'"):
         run(EXAMPLE, "gemv")
 

@@ -10,6 +10,7 @@ import sys
 
 import typer
 
+from glu4.cli import compile as compile_command
 from glu4.cli import demo, doctor, evaluate, inspect, roofline, verify
 from glu4.cli.output import error_line
 
@@ -28,6 +29,7 @@ app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("roofline")(roofline.command)
 app.command("eval")(evaluate.command)
+app.command("compile")(compile_command.command)
 
 
 def main() -> None:

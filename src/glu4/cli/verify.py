@@ -42,7 +42,9 @@ SeedOption = Annotated[
 LogOption = Annotated[
     Path | None, typer.Option("--log", metavar="FILE", help="Keep what the submission prints, and its tracebacks, in FILE.")
 ]
-CasesOption = Annotated[int, typer.Option("--cases", metavar="N", min=1, help="Random cases for each backend and device.")]
+CasesOption = Annotated[
+    int | None, typer.Option("--cases", metavar="N", min=1, help="Random cases for each backend; 100 without it.")
+]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", metavar="NAME", help="cpu or cuda. Without it: cuda where there is one.")
 ]
@@ -53,7 +55,7 @@ def command(
     problem: ProblemOption = None,
     quick: QuickOption = False,
     timeout: TimeoutOption = 120.0,
-    cases: CasesOption = 100,
+    cases: CasesOption = None,
     device: DeviceOption = None,
     seed: SeedOption = None,
     log: LogOption = None,
@@ -67,8 +69,10 @@ def command(
     try:
         _check_device(device)
         if submission is None:
-            right = _backends(20 if quick else cases, chosen, device, json)
+            _check_unused({"--problem": problem, "--log": log}, "are for a submission; add --submission FILE")
+            right = _backends(cases or (20 if quick else 100), chosen, device, json)
         else:
+            _check_unused({"--cases": cases}, "is for this machine's backends; leave it out, or leave --submission out")
             right = _submission(submission, problem, chosen, quick, timeout, device, log, json)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         if json:
@@ -76,6 +80,12 @@ def command(
         error_line(error)
         raise typer.Exit(2) from None
     raise typer.Exit(0 if right else 1)
+
+
+def _check_unused(options: dict[str, object], remedy: str) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(options)} {remedy}; got {', '.join(given)}")
 
 
 def _check_device(device: str | None) -> None:
@@ -177,21 +187,20 @@ def _print_findings(outcome: Outcome) -> None:
 def _backends(count: int, seed: int, device: str | None, json: bool) -> bool:
     import torch
 
-    from glu4.dispatch import BACKENDS
     from glu4.verify.cases import random_cases
     from glu4.verify.checker import check
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tally: Counter[tuple[str, str, bool]] = Counter()
     wrong: list[dict[str, Any]] = []
-    with progress(f"checking {', '.join(BACKENDS)} on {where}", total=count * len(BACKENDS)) as advance:
+    with progress(f"checking the backends on {where}", total=count) as advance:
         for case in random_cases(seed, count):
-            for backend in BACKENDS:
+            for backend in _able(case, where):
                 verdict = check(case, _run(case.to(where), backend).cpu())
                 tally[backend, _group(case), verdict.ok] += 1
                 if not verdict.ok:
                     wrong.append({"backend": backend, "case": case.name, "seed": case.seed, "summary": verdict.summary()})
-                advance()
+            advance()
     if json:
         groups = [{"backend": b, "cases": g, "right": ok, "count": n} for (b, g, ok), n in sorted(tally.items())]
         status = "wrong" if wrong else "right"
@@ -199,6 +208,27 @@ def _backends(count: int, seed: int, device: str | None, json: bool) -> bool:
     else:
         _print_backends(tally, wrong, where, seed)
     return not wrong
+
+
+def _able(case: Case, where: str) -> list[str]:
+    """The backends that can run a case on a device."""
+    from glu4.dispatch import explain
+    from glu4.problem import GroupedProblem, Problem, dense_problem, grouped_problem
+
+    has_bias = case.gate_bias is not None or case.up_bias is not None
+    if case.group_offsets is not None:
+        problem: Problem | GroupedProblem = grouped_problem(
+            case.x, case.gate, activation=case.activation, out_dtype=case.out_dtype, has_bias=has_bias
+        )
+    else:
+        dual = case.up is not None
+        problem = dense_problem(
+            case.x, case.gate, dual=dual, activation=case.activation, out_dtype=case.out_dtype, has_bias=has_bias
+        )
+    able = [c.backend for c in explain(problem, where).candidates if c.can_run]
+    # what GatedWeights.prepare packs: one gate and one up
+    packed = case.up is not None and case.gate.ndim == 2
+    return able if packed else [b for b in able if b == "portable"]
 
 
 def _run(case: Case, backend: str) -> Any:
@@ -212,6 +242,8 @@ def _run(case: Case, backend: str) -> Any:
     if case.up is None:
         return glu4.linear(case.x, case.gate, bias=case.gate_bias, out=out, backend=backend)
     weights = glu4.GatedWeights(case.gate, case.up, gate_bias=case.gate_bias, up_bias=case.up_bias)
+    if backend != "portable":
+        weights = weights.prepare(case.gate.device)
     if case.group_offsets is None:
         return glu4.dual_gemm(case.x, weights, activation=case.activation, out=out, backend=backend)
     result = glu4.grouped_dual_gemm(case.x, weights, case.group_offsets, activation=case.activation, out=out, backend=backend)

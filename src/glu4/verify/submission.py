@@ -196,7 +196,7 @@ def run(
     chosen = detect_problem(file) if problem is None else problem
     if not file.is_file():
         raise SubmissionError(f"{path}: no such file; give the path of a Python file with custom_kernel(data)")
-    if timeout <= 0:
+    if not timeout > 0:  # NaN too
         raise ValueError(f"timeout: expected a positive number of seconds, got {timeout}")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     planned = trials(chosen, seed, quick) if only is None else list(only)

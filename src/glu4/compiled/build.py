@@ -1,0 +1,90 @@
+"""Compile kernels with CuTe DSL, with no GPU: `python -m glu4.compiled.build SPEC_JSON OUTPUT`, one process a batch.
+
+A process of its own, because CuTe DSL takes its target from the environment when it is imported, and so that importing glu4
+never imports it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from glu4.compiled.cubin import resources
+from glu4.compiled.spec import DSL_VERSION, KernelSpec
+
+__all__ = ["compile_spec", "main"]
+
+_PARAM = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.([a-z]+)(\d+)\s+[\w$]+(?:\[(\d+)\])?")
+
+
+def _param_sizes(ptx: str) -> list[int]:
+    """Bytes of each kernel parameter, in order."""
+    head = ptx[ptx.index(".entry") :]
+    listing = head[head.index("(") : head.index("\n)")]
+    return [int(bits) // 8 * int(count or 1) for _, bits, count in _PARAM.findall(listing)]
+
+
+def compile_spec(spec: KernelSpec, directory: str) -> tuple[bytes, dict[str, Any]]:
+    """(cubin, description) of one kernel; `directory` takes the compiler's intermediate files."""
+    import cutlass
+    from cutlass import cute
+    from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+    from glu4.backends.hopper.dual_gemm import DualGemm
+    from glu4.backends.hopper.pack import UNIT_WORDS
+
+    types = {"f16": cutlass.Float16, "bf16": cutlass.BFloat16}
+    m, n, k = cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=16)
+    row = cute.sym_int64(divisibility=8)
+    x = make_fake_tensor(types[spec.x], (m, k), (row, 1), assumed_align=16)
+    units = (cute.sym_int(), cute.sym_int(), UNIT_WORDS)
+    strides = (cute.sym_int64(divisibility=UNIT_WORDS), UNIT_WORDS, 1)
+    weights = make_fake_tensor(cutlass.Uint32, units, strides, assumed_align=16)
+    scale = [make_fake_tensor(cutlass.Float32, (1,), (1,), assumed_align=4) for _ in range(3)]
+    bias = [make_fake_tensor(cutlass.Float32, (n,), (1,), assumed_align=4) for _ in range(2)]
+    out = make_fake_tensor(types[spec.out], (m, n), (cute.sym_int64(), 1), assumed_align=2)
+    constants = [cutlass.Float32(0.0) for _ in range(3)]
+    kernel = DualGemm(spec.config, types[spec.x], types[spec.out], spec.dual)
+    made = cute.compile(
+        kernel, x, weights, *scale, *bias, cutlass.Int32(0), *constants, out, make_fake_stream(),
+        options=f"--keep-ptx --keep-cubin --dump-dir={directory}",
+    )  # fmt: skip
+    ptx = made.artifacts.PTX
+    entry = re.search(r"\.entry\s+([\w$]+)\s*\(", ptx)
+    assert entry is not None
+    cubin = bytes(made.artifacts.CUBIN)
+    registers, frame_bytes = resources(cubin)
+    if frame_bytes or registers != spec.config.launch_registers:
+        # with fewer registers at launch than the configuration counts on, setmaxnreg would wait for ever
+        expected = spec.config.launch_registers
+        raise RuntimeError(f"{spec.name}: {registers} registers and {frame_bytes} bytes of stack, expected {expected} and 0")
+    description = {
+        "spec": spec.to_dict(),
+        "entry": entry.group(1),
+        "params": _param_sizes(ptx),
+        "threads": spec.config.threads,
+        "shared_bytes": spec.config.shared_bytes,
+        "registers": registers,
+        "tool": f"nvidia-cutlass-dsl {DSL_VERSION}",
+    }
+    return cubin, description
+
+
+def main() -> None:
+    """Compile the specs listed in a JSON file into a directory; one line of progress each on stdout."""
+    from glu4.compiled.store import write
+
+    specs = [KernelSpec.from_dict(d) for d in json.loads(Path(sys.argv[1]).read_text())]
+    with tempfile.TemporaryDirectory() as scratch:
+        for spec in specs:
+            cubin, description = compile_spec(spec, scratch)
+            write(Path(sys.argv[2]), spec, cubin, description)
+            print(spec.name, flush=True)
+
+
+if __name__ == "__main__":
+    main()
