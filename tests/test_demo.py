@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -191,6 +192,8 @@ def test_the_report_is_the_same_for_the_same_numbers(result: DemoResult) -> None
 def test_command_line_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"output: .*absent is not a directory"):
         CliRunner().invoke(app, ["demo", "--output", str(tmp_path / "absent" / "r.html")], catch_exceptions=False)
+    with pytest.raises(ValueError, match=r"output: .* is a directory; give the name of a file to write"):
+        CliRunner().invoke(app, ["demo", "--output", str(tmp_path)], catch_exceptions=False)
 
 
 def test_exit_code_says_what_the_checker_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, result: DemoResult) -> None:
@@ -207,3 +210,8 @@ def test_exit_code_says_what_the_checker_found(monkeypatch: pytest.MonkeyPatch, 
         assert ("NOT AS IT SHOULD BE" in answer.stdout) == bool(code)
         assert f"{result.qualities[1].result.perplexity:.2f}" in answer.stdout
         assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
+        answer = CliRunner().invoke(app, ["demo", "--output", str(tmp_path / "r.html"), "--json"], catch_exceptions=False)
+        assert answer.exit_code == code
+        document = json.loads(answer.stdout)
+        assert (document["ok"], document["report"]) == (code == 0, str(tmp_path / "r.html"))
+        assert [r["perplexity"] for r in document["results"]] == [q.result.perplexity for q in given.qualities]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -235,8 +239,12 @@ def test_bad_parts(change: dict[str, object], error: type[Exception], message: s
         ({"x": torch.zeros(2, 24)}, ValueError, "K a positive multiple of 16"),
         ({"x": torch.zeros(2, 16, dtype=torch.float64)}, TypeError, "x: expected float16, bfloat16 or float32"),
         ({"x": torch.zeros(16)}, ValueError, r"expected \[..., rows, K\]"),
-        ({"global_scale": 0.0}, ValueError, "global_scale: expected a positive finite multiplier, got 0.0"),
+        ({"x": [[0.0] * 16]}, TypeError, "x: expected a torch.Tensor, got list"),
+        ({"global_scale": 0.0}, ValueError, "global_scale: expected a positive finite float32 multiplier, got 0.0"),
         ({"global_scale": float("nan")}, ValueError, "got nan"),
+        ({"global_scale": 1e-46}, ValueError, "float32 multiplier, got 1e-46"),  # zero in float32
+        ({"global_scale": 1e39}, ValueError, r"float32 multiplier, got 1e\+39"),
+        ({"global_scale": "1"}, TypeError, "global_scale: expected a float, a float32 tensor or None, got str"),
         ({"global_scale": torch.tensor(-2.0)}, ValueError, "expected positive finite multipliers, got -2.0"),
         ({"global_scale": torch.ones(2)}, ValueError, r"expected float32 of shape \[\] or \[\]"),
         ({"method": "best"}, ValueError, "method: expected one of nearest, four_over_six, got 'best'"),
@@ -258,6 +266,26 @@ def test_swizzled_bytes_must_be_those_of_the_padded_size() -> None:
 def test_only_stacks_can_be_indexed() -> None:
     with pytest.raises(IndexError, match="only a batch or stack"):
         full_range(0, 4, 32)[0]
+    for index in ((0, 1), None, True, torch.tensor([0, 2])):
+        with pytest.raises(TypeError, match="index: expected one integer or slice, got "):
+            full_range(0, 3, 4, 32)[index]  # type: ignore[index]
+
+
+def test_a_cast_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"cannot be cast to torch.float16; dequantize\(torch.float16\) gives its values"):
+        full_range(0, 4, 32).to(torch.float16)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("copied", [lambda t: pickle.loads(pickle.dumps(t)), copy.deepcopy, copy.copy])
+def test_copies_and_pickles(copied: Callable[[NVFP4Tensor], NVFP4Tensor]) -> None:
+    for t in (full_range(0, 2, 130, 80), full_range(0, 2, 130, 80).to_swizzled()):
+        assert same(copied(t), t)
+
+
+def test_on_the_meta_device_there_are_shapes_and_no_values() -> None:
+    t = full_range(0, 2, 130, 80).to("meta")
+    t.check_values()
+    assert t.to_swizzled()[1:].shape == (1, 130, 80)
 
 
 @given(data=st.data())

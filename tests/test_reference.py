@@ -81,6 +81,11 @@ def test_batches_experts_and_bias_agree_with_single_calls() -> None:
     assert torch.equal(grouped[4:], reference.dual_gemm(rows.narrow_rows(4, 4), gate[2], up[2]))
 
 
+def test_no_experts_make_no_rows() -> None:
+    none = quantize(torch.zeros(0, 8, 32))
+    assert reference.grouped_dual_gemm(torch.zeros(3, 32), none, none, torch.zeros(1, dtype=torch.int32)).shape == (0, 8)
+
+
 def test_group_gemm_takes_groups_of_any_shape() -> None:
     groups = [(full_range(1, 3, 32), full_range(2, 4, 32)), (full_range(3, 2, 64), full_range(4, 6, 64))]
     out = reference.group_gemm(groups)

@@ -143,9 +143,11 @@ class NVFP4Tensor:
     def check_values(self) -> None:
         """Raise ValueError for NaN or negative block scales and for global scales that are not positive and finite.
 
-        Reads every scale; on a device other than the CPU it synchronises.
+        Reads every scale; on a device other than the CPU it synchronises. On the meta device there is nothing to read.
         """
         g = self.global_scale
+        if g.is_meta:
+            return
         if not bool((torch.isfinite(g) & (g > 0)).all()):
             bad = g.flatten()[~(torch.isfinite(g) & (g > 0)).flatten()][0].item()
             raise ValueError(f"global_scale: expected positive finite multipliers, found {bad}")
@@ -168,7 +170,9 @@ class NVFP4Tensor:
         return _unchecked(change(self.codes), change(self.block_scale), change(self.global_scale))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> NVFP4Tensor:
-        """The same tensor on another device."""
+        """The same tensor on another device; there is no other dtype, which is a TypeError (`dequantize` gives floats)."""
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"device: an NVFP4Tensor cannot be cast to {device}; dequantize({device}) gives its values")
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def contiguous(self) -> NVFP4Tensor:
@@ -186,10 +190,16 @@ class NVFP4Tensor:
         """The same tensor with block scales row-major; itself if already so."""
         return _unchecked(self.codes, self.linear_block_scale(), self.global_scale) if self.is_swizzled else self
 
+    def __reduce__(self) -> tuple[Callable[..., NVFP4Tensor], tuple[Tensor, ...]]:
+        # scales as bytes: torch cannot pickle float8 tensors by itself (it can save them)
+        return _from_bytes, (self.codes, self.block_scale.view(torch.uint8), self.global_scale)
+
     def __getitem__(self, index: int | slice) -> NVFP4Tensor:
-        """One matrix, or a slice, of a batch or stack; raises IndexError on a plain matrix."""
+        """One matrix, or a slice, of a batch or stack; raises IndexError on a plain matrix, TypeError for other indices."""
         if self.ndim < 3:
             raise IndexError(f"only a batch or stack of matrices can be indexed; this one has shape {list(self.shape)}")
+        if isinstance(index, bool) or not isinstance(index, (int, slice)):
+            raise TypeError(f"index: expected one integer or slice, got {type(index).__name__}")
         g = self.global_scale[index] if self.global_scale.ndim else self.global_scale
         return _unchecked(self.codes[index], self.block_scale[index], g)
 
@@ -247,6 +257,10 @@ def _unchecked(codes: Tensor, block_scale: Tensor, global_scale: Tensor) -> NVFP
     object.__setattr__(made, "block_scale", block_scale)
     object.__setattr__(made, "global_scale", global_scale)
     return made
+
+
+def _from_bytes(codes: Tensor, block_scale: Tensor, global_scale: Tensor) -> NVFP4Tensor:
+    return _unchecked(codes, block_scale.view(torch.float8_e4m3fn), global_scale)
 
 
 def _check_metadata(t: NVFP4Tensor) -> None:
@@ -350,16 +364,20 @@ def quantize(
                   "four_over_six" (arXiv 2512.02010): per block the better, in squared error, of mapping the block's
                   maximum to 6 or to 4; the format is unchanged.
     layout        "linear" or "swizzled" block scales.
-    nonfinite     "error": NaN or infinity raises ValueError (a check that synchronises a GPU). "propagate": no check; a
-                  block that holds one gets a NaN scale, so that every result which depends on it is NaN.
+    nonfinite     "error": NaN or infinity raises ValueError (a check that synchronises a GPU, and that a compiled graph
+                  cannot hold). "propagate": no check; a block that holds one gets a NaN scale, so that every result
+                  which depends on it is NaN.
 
     All arithmetic is float32 in the stated order: s = e4m3(clamp(block_amax / (6 * g), 2^-9, 448)), code =
     e2m1(x / (s * g)). All-zero blocks have scale 0; an all-zero or empty matrix has global scale 1. Signs of zeros are
-    kept (code 8). Raises TypeError for another dtype and ValueError for K not a multiple of 16 or a bad global scale.
+    kept (code 8). No gradient flows back to x. Raises TypeError for another dtype and ValueError for K not a multiple of
+    16 or a bad global scale.
     """
     _choice("method", method, ("nearest", "four_over_six"))
     _choice("layout", layout, ("linear", "swizzled"))
     _choice("nonfinite", nonfinite, ("error", "propagate"))
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in _FLOATS:
         raise TypeError(f"x: expected float16, bfloat16 or float32, got {x.dtype}")
     if x.ndim < 2 or x.shape[-1] == 0 or x.shape[-1] % BLOCK:
@@ -394,8 +412,11 @@ def _given_global_scale(given: Tensor | float | None, batch: torch.Size, device:
     if given is None:
         return None
     if not isinstance(given, Tensor):
-        if not 0.0 < given < float("inf"):
-            raise ValueError(f"global_scale: expected a positive finite multiplier, got {given}")
+        if not isinstance(given, (int, float)):
+            raise TypeError(f"global_scale: expected a float, a float32 tensor or None, got {type(given).__name__}")
+        # float32 turns smaller ones into zero and larger ones into infinity
+        if not 2.0**-149 <= given <= torch.finfo(torch.float32).max:
+            raise ValueError(f"global_scale: expected a positive finite float32 multiplier, got {given}")
         return torch.full((), given, dtype=torch.float32, device=device)
     if given.dtype != torch.float32 or tuple(given.shape) not in ((), tuple(batch)):
         raise ValueError(

@@ -78,7 +78,7 @@ def grouped_dual_gemm(
     Returns the rows up to group_offsets[E]; an operator with more rows leaves those beyond untouched.
     """
     ends = group_offsets.tolist()
-    parts = []
+    parts = [torch.empty(0, gate.rows, dtype=out_dtype, device=group_offsets.device)]  # for no experts at all
     for e, (start, end) in enumerate(itertools.pairwise(ends)):
         rows = x.narrow_rows(start, end - start) if isinstance(x, NVFP4Tensor) else x[start:end]
         bias = {

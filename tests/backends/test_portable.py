@@ -98,6 +98,15 @@ assert torch.get_float32_matmul_precision() == "medium"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize("k", [64, portable._K_BLOCK + 16])
+def test_autocast_does_not_reach_the_products(k: int) -> None:
+    x, w = torch.randn(3, k, generator=torch.Generator().manual_seed(0)), full_range(1, 8, k)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = linear(x, w)
+        assert torch.is_autocast_enabled("cpu")
+    assert_linear_right(got, x, w)
+
+
 def test_extra_memory_stays_under_64_mib() -> None:
     """Peak resident memory of a call whose decoded weights would take 900 MiB, beyond that of its operands."""
     code = """

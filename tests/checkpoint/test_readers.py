@@ -95,6 +95,10 @@ def test_nibble_order_and_scale_sign(tmp_path: Path, format: str) -> None:
         open_checkpoint(path).load_matrix(GATE)
     strip = open_checkpoint(path, nibble_order="high_first", scale_sign="strip").load_matrix(GATE)[0]
     assert same(strip, true)
+    with pytest.raises(ValueError, match=r"^nibble_order: expected one of low_first, high_first, got 'big'"):
+        open_checkpoint(path, nibble_order="big")
+    with pytest.raises(ValueError, match=r"^scale_sign: expected one of reject, strip, fold, got 'drop'"):
+        open_checkpoint(path, scale_sign="drop")
     fold = load_gated_weights(path, "model.layers.0.mlp", nibble_order="high_first", scale_sign="fold").gate
     assert torch.equal(fold.decode(), -true.decode())
 
@@ -105,7 +109,7 @@ def test_loaded_tensors_outlive_the_checkpoint(tmp_path: Path, format: str) -> N
     matrix, _ = checkpoint.load_matrix(GATE)
     checkpoint.close()
     assert same(matrix, full_range(1, 8, 32))
-    with pytest.raises(ValueError, match="closed; open it again"):
+    with pytest.raises(ValueError, match=r"this checkpoint is closed; open it again$"):
         checkpoint.load_matrix(UP)
 
 

@@ -257,6 +257,11 @@ def test_a_model_without_gated_mlps() -> None:
 def test_meta_weights_and_bad_arguments(tiny_model: Make) -> None:
     with pytest.raises(ValueError, match=r"gate of model\.layers\.0\.mlp is on the meta device"):
         convert(tiny_model().to("meta"))
+    damaged = tiny_model()
+    with torch.no_grad():
+        damaged.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
+    with pytest.raises(ValueError, match=r"up of model\.layers\.1\.mlp holds NaN or infinity"):
+        convert(damaged)
     with pytest.raises(ValueError, match="mode: expected one of"):
         convert(tiny_model(), mode="fp8")
     with pytest.raises(ValueError, match="linears: expected False or"):

@@ -185,6 +185,8 @@ def test_bad_arguments(stored: Path, tiny_model: Make, tmp_path: Path) -> None:
         load(stored, mode="w8a8")
     with pytest.raises(ValueError, match=r"dtype: expected float16, bfloat16 or float32, got torch\.float64"):
         load(stored, dtype=torch.float64)
+    with pytest.raises(CheckpointError, match="is a file; give the model's directory"):
+        load(stored / "model.safetensors")
     with pytest.raises(ValueError, match="holds no GatedMLP and no NVFP4Linear"):
         save(tiny_model(), tmp_path / "none", "modelopt")
     assert not (tmp_path / "none").exists()

@@ -195,6 +195,23 @@ def test_compiles_without_a_graph_break() -> None:
             assert torch.equal(torch.compile(mlp, backend="eager", fullgraph=True)(x), want)
 
 
+@pytest.mark.parametrize("mode", ["w4a16", "w4a4"])
+def test_a_module_never_called_before_compiles_and_exports(mode: str) -> None:
+    x, down = _x(27, 3), _matrix(torch.Generator().manual_seed(1), 16, N, 1.0)
+
+    def fresh() -> GatedMLP:
+        return GatedMLP(_weights(26, input_scale=0.01), NVFP4Linear(down, mode=mode), mode=mode).eval()
+
+    want = fresh()(x)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(fresh(), backend="eager", fullgraph=True)(x), want)
+        assert torch.equal(torch.export.export(fresh(), (x,)).module()(x), want)
+
+
+def test_on_the_meta_device_a_forward_gives_shapes() -> None:
+    assert _bare(_weights(24)).to("meta")(_x(25, 3).to("meta")).shape == (3, N)
+
+
 def test_set_mode_switches_every_layer() -> None:
     w, x = _weights(28), _x(29, 9)
     model = nn.Sequential(NVFP4Linear(_matrix(torch.Generator().manual_seed(2), K, K, 1.0)), _bare(w))
@@ -224,7 +241,9 @@ def test_errors() -> None:
         _bare(GatedWeights(stack, stack))
     with pytest.raises(ValueError, match=r"weight: expected \[N, K\], got shape \[2, 16, 32\]"):
         NVFP4Linear(stack)
-    for module in (_bare(w), NVFP4Linear(w.gate)):
+    for module in (_bare(w), NVFP4Linear(w.gate), _bare(w, mode="w4a4"), NVFP4Linear(w.gate, mode="w4a4")):
+        with pytest.raises(ValueError, match=r"x: expected \[\.\.\., 48\], got shape \[\]"):
+            module(torch.tensor(1.0))
         with pytest.raises(ValueError, match=r"x: expected \[\.\.\., 48\], got shape \[3, 64\]"):
             module(torch.randn(3, 64))
         with pytest.raises(TypeError, match="expected float16, bfloat16 or float32"):

@@ -73,6 +73,9 @@ def test_unit_global_scales() -> None:
 def test_errors_name_the_argument() -> None:
     with pytest.raises(ValueError, match=r"group_sizes: expected sizes that sum to m = 4, .* got \[1, 2\]"):
         full_range_case(1, 4, 8, 64, group_sizes=[1, 2])
+    for sizes in ((-1, 8, 64), (4, 8, 17), (4, 8, 0)):
+        with pytest.raises(ValueError, match=f"and a positive k that 16 divides, got {', '.join(map(str, sizes))}"):
+            full_range_case(1, *sizes)
     with pytest.raises(ValueError, match='unit_global_scale: needs x_format "nvfp4"'):
         full_range_case(1, 4, 8, 64, x_format="float16", unit_global_scale=True)
     with pytest.raises(ValueError, match="expected k >= 32 and float16 or float32"):

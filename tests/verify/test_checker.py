@@ -271,6 +271,8 @@ def test_wrong_shape_and_dtype_are_findings() -> None:
     assert finding.message == "the output has shape [8, 15], expected [8, 16]"
     (finding,) = check(case, torch.zeros(8, 16)).findings
     assert finding.message == "the output has dtype torch.float32, expected torch.float16"
+    with pytest.raises(TypeError, match=r"output: expected a torch\.Tensor, got list"):
+        check(case, [0.0])
 
 
 def test_grouped_rows_beyond_the_last_offset_are_not_looked_at() -> None:

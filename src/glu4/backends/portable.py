@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -95,7 +95,14 @@ def _blocks(size: int, step: int) -> Iterator[slice]:
 
 @contextmanager
 def _full_float32(device: torch.device) -> Iterator[None]:
-    """Float32 products in float32, whatever torch.set_float32_matmul_precision says: bf16 or TF32 would round x."""
+    """Float32 products in float32, whatever autocast and torch.set_float32_matmul_precision say: 16 bits or TF32 round x."""
+    autocast = torch.is_autocast_enabled(device.type)
+    with torch.autocast(device.type, enabled=False) if autocast else nullcontext(), _ieee(device):
+        yield
+
+
+@contextmanager
+def _ieee(device: torch.device) -> Iterator[None]:
     if device.type == "cpu":
         matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set at run time
     elif device.type == "cuda":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from glu4.checkpoint.files import TensorFiles
 from glu4.checkpoint.gated import GatedSite, find_gated
 from glu4.checkpoint.modules import Modules
 from glu4.errors import CheckpointError, UnsupportedError
-from glu4.nvfp4 import NibbleOrder, NVFP4Tensor, ScaleSign
+from glu4.nvfp4 import NibbleOrder, NVFP4Tensor, ScaleSign, _choice
 from glu4.weights import GatedWeights
 
 __all__ = ["Checkpoint"]
@@ -54,6 +54,8 @@ class Checkpoint:
         nibble_order: NibbleOrder = "low_first",
         scale_sign: ScaleSign = "reject",
     ) -> None:
+        _choice("nibble_order", nibble_order, get_args(NibbleOrder))
+        _choice("scale_sign", scale_sign, get_args(ScaleSign))
         self.format = format
         self.names = names
         self.config = config

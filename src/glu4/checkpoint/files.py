@@ -122,16 +122,16 @@ class TensorFiles:
 
     def describe(self, name: str) -> tuple[str, tuple[int, ...]]:
         """(dtype as safetensors spells it, shape) from the header alone."""
-        file = self.file_of(name)
+        file, handle = self.file_of(name), self._handle(name)
         with _readable(file, name):
-            view = self._handle(name).get_slice(name)
+            view = handle.get_slice(name)
             return str(view.get_dtype()), tuple(int(n) for n in view.get_shape())
 
     def load(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
-        file = self.file_of(name)
+        file, handle = self.file_of(name), self._handle(name)
         with _readable(file, name):
-            tensor: Tensor = self._handle(name).get_tensor(name)
+            tensor: Tensor = handle.get_tensor(name)
             return tensor
 
     def _handle(self, name: str) -> Any:

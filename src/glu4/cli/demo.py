@@ -39,6 +39,8 @@ def command(
         windows, length = 1, 128
     if not output.parent.is_dir():
         raise ValueError(f"output: {output.parent} is not a directory")
+    if output.is_dir():
+        raise ValueError(f"output: {output} is a directory; give the name of a file to write")
     result, setting = _run(windows, length)
     from glu4.demo.report import render
 

@@ -45,7 +45,8 @@ def error_line(error: BaseException) -> None:
 def progress(description: str, total: int | None = None) -> Iterator[Any]:
     """A progress bar on stderr, so that stdout stays clean; call the yielded function to advance (steps, description)."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_stderr, transient=True) as bar:
+    # not on a terminal there is nothing to draw on, and rich would leave an empty line in the log
+    with Progress(*columns, console=_stderr, transient=True, disable=not _stderr.is_terminal) as bar:
         task = bar.add_task(description, total=total)
 
         def advance(steps: int = 1, text: str | None = None) -> None:

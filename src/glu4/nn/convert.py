@@ -65,7 +65,9 @@ def convert(
     method      "nearest" or "four_over_six", as for glu4.quantize
 
     The activation comes from model.config. Raises UnsupportedError when that is not SiLU-gated, naming it, or when no
-    gated MLP could be replaced, saying why; ValueError for an unknown mode, or for weights on the meta device.
+    gated MLP could be replaced, saying why; ValueError for an unknown mode, or for weights on the meta device or not finite
+    (modules before that one are replaced by then). Write the result with `glu4.nn.save`: what the model's own
+    save_pretrained writes, from_pretrained reads back with random gate and up weights.
     """
     check_mode(mode)
     if linears not in (False, "all"):
@@ -259,6 +261,8 @@ class _Source:
             raise ValueError(f"{name} is on the meta device and has no values: load it first, or pass checkpoint=")
         if weight.dtype not in _FLOATS:
             raise _Skip(f"{name} is {weight.dtype}; float16, bfloat16 or float32 can be quantised")
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"{name} holds NaN or infinity, which NVFP4 cannot represent; repair the model first")
         return quantize(weight.detach(), method=self.method)
 
     def gated(self, name: str, parts: list[nn.Linear]) -> GatedWeights:

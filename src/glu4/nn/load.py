@@ -41,6 +41,8 @@ def load(path: str | Path, *, mode: Mode = "w4a16", dtype: torch.dtype | None = 
     check_mode(mode)
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype: expected float16, bfloat16 or float32, got {dtype}")
+    if Path(path).is_file():
+        raise CheckpointError(f"{path}: is a file; give the model's directory, which holds config.json too")
     checkpoint = open_checkpoint(path)
     stacks = [name for name in checkpoint.gated_mlps() if checkpoint.gated_site(name).experts is not None]
     if stacks:

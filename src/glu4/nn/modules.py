@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, cast, get_args
 
+import torch
 from torch import Tensor, nn
 
 from glu4 import ops
@@ -64,6 +65,8 @@ class _Matrix(_ExactBuffers):
 
 def _operand(x: Tensor, mode: Mode, input_scale: Tensor | None) -> Tensor | NVFP4Tensor:
     """x `[..., K]` as `[rows, K]`, quantised if the mode says so."""
+    if x.requires_grad and torch.is_grad_enabled():  # quantize would cut the gradient off without a word
+        raise ValueError("x requires grad, and glu4 has no backward pass yet: call under torch.no_grad() or detach x")
     rows = x.reshape(-1, x.shape[-1])
     return quantize(rows, input_scale, nonfinite="propagate") if mode == "w4a4" else rows
 
@@ -73,7 +76,7 @@ def _detached(t: Tensor | None) -> Tensor | None:
 
 
 def _check_features(x: Tensor, k: int) -> None:
-    if x.shape[-1] != k:
+    if x.ndim == 0 or x.shape[-1] != k:
         raise ValueError(f"x: expected [..., {k}], got shape {list(x.shape)}")
 
 
@@ -113,6 +116,8 @@ class GatedMLP(_ExactBuffers):
         if self._ready is None:
             gate, up = self.gate.tensor(), self.up.tensor()
             made = GatedWeights(gate, up, self.input_scale, self.gate_bias, self.up_bias)
+            if torch.compiler.is_compiling():  # a graph can neither check values nor keep what it traced
+                return made
             self._ready = made.prepare(gate.device)
         return self._ready
 
@@ -178,6 +183,8 @@ class NVFP4Linear(_ExactBuffers):
         """The weight as one value, checked once."""
         if self._ready is None:
             made = self.weight.tensor()
+            if torch.compiler.is_compiling():
+                return made
             made.check_values()
             self._ready = made
         return self._ready

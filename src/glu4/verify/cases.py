@@ -178,6 +178,8 @@ def full_range_case(
     """
     if group_sizes is not None and (sum(group_sizes) != m or batch is not None or linear):
         raise ValueError(f"group_sizes: expected sizes that sum to m = {m}, without batch or linear, got {list(group_sizes)}")
+    if min(m, n) < 0 or k <= 0 or k % BLOCK:
+        raise ValueError(f"m, n, k: expected non-negative m and n and a positive k that {BLOCK} divides, got {m}, {n}, {k}")
     if unit_global_scale and x_format != "nvfp4":
         raise ValueError(f'unit_global_scale: needs x_format "nvfp4", got {x_format!r}')
     for attempt in range(200):

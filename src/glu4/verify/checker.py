@@ -82,10 +82,12 @@ def check(case: Case, output: Tensor, *, initial: Tensor | None = None, diagnose
     """Check `output` against the specification of `case`.
 
     output    shape case.out_shape and dtype case.out_dtype, on any device; a grouped output may have more rows, which are
-              not part of the result
+              not part of the result; TypeError for anything but a tensor
     initial   what the output's memory held before the call, so that parts never written can be told
     diagnose  say what was computed instead, where that can be found out
     """
+    if not isinstance(output, Tensor):
+        raise TypeError(f"output: expected a torch.Tensor, got {type(output).__name__}")
     wrong_form = _check_form(case, output)
     if wrong_form:
         shape_only = diagnose and wrong_form[0].layer == "shape"
