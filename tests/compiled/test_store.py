@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from glu4 import UnsupportedError
-from glu4.compiled import spec as spec_module
+from glu4.backends.hopper import spec as spec_module
+from glu4.backends.hopper.spec import KernelSpec, shipped
 from glu4.compiled import store
 from glu4.compiled.cubin import resources
-from glu4.compiled.spec import KernelSpec, shipped
 
 SPEC = shipped()[0]
 CUBIN = bytes(range(256)) * 40

@@ -22,8 +22,8 @@ def command(
 
     Exit code 0: all are there. 2: CuTe DSL is missing, a kernel does not compile, or there is nowhere to write.
     """
+    from glu4.backends.hopper.spec import shipped
     from glu4.compiled import store
-    from glu4.compiled.spec import shipped
     from glu4.errors import UnsupportedError
 
     if arch != "sm_90a":

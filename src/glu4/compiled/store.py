@@ -17,14 +17,34 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from glu4.compiled.spec import DSL_VERSION, KernelSpec
 from glu4.errors import UnsupportedError
 
-__all__ = ["cache_directory", "compile_missing", "find", "packaged_directory", "read", "write"]
+__all__ = ["DSL_VERSION", "Spec", "cache_directory", "compile_missing", "find", "packaged_directory", "read", "write"]
 
+DSL_VERSION = "4.8.1"  # the nvidia-cutlass-dsl release whose output is tested; its API moves between releases
 _MAGIC = b"glu4 kernel 1\n"
+
+
+class Spec(Protocol):
+    """What a backend says of one of its kernels.
+
+    name     identifies it to people
+    key      a hash of the sources, configuration, architecture and tool version it is made from
+    arch     the target, as CuTe DSL takes it
+    builder  the module that compiles it: `python -m builder SPECS_JSON DIRECTORY`, a line on stdout for each one done
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def key(self) -> str: ...
+    @property
+    def arch(self) -> str: ...
+    @property
+    def builder(self) -> str: ...
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 def packaged_directory() -> Path:
@@ -43,11 +63,11 @@ def cache_directory() -> Path | None:
     return (Path(base) if base else Path.home() / ".cache") / "glu4"
 
 
-def _file(directory: Path, spec: KernelSpec) -> Path:
+def _file(directory: Path, spec: Spec) -> Path:
     return directory / f"{spec.name}-{spec.key}.kernel"
 
 
-def write(directory: Path, spec: KernelSpec, cubin: bytes, description: dict[str, Any]) -> Path:
+def write(directory: Path, spec: Spec, cubin: bytes, description: dict[str, Any]) -> Path:
     """Write one kernel; another process sees the whole file or none. Raises OSError where that is not possible."""
     directory.mkdir(parents=True, exist_ok=True)
     described = {**description, "key": spec.key, "sha256": hashlib.sha256(cubin).hexdigest()}
@@ -63,7 +83,7 @@ def write(directory: Path, spec: KernelSpec, cubin: bytes, description: dict[str
     return _file(directory, spec)
 
 
-def read(path: Path, spec: KernelSpec) -> tuple[bytes, dict[str, Any]] | None:
+def read(path: Path, spec: Spec) -> tuple[bytes, dict[str, Any]] | None:
     """(cubin, description) of a kernel file; None when there is none, or it is damaged or of another kernel."""
     try:
         content = path.read_bytes()
@@ -80,14 +100,14 @@ def read(path: Path, spec: KernelSpec) -> tuple[bytes, dict[str, Any]] | None:
     return (cubin, description) if separator and right else None
 
 
-def find(spec: KernelSpec) -> tuple[bytes, dict[str, Any]] | None:
+def find(spec: Spec) -> tuple[bytes, dict[str, Any]] | None:
     """A packaged or cached kernel; None when it has to be compiled first."""
     directories = [d for d in (packaged_directory(), cache_directory()) if d is not None]
     return next((found for d in directories if (found := read(_file(d, spec), spec)) is not None), None)
 
 
 def compile_missing(
-    specs: Sequence[KernelSpec], directory: Path | None = None, on_done: Callable[[str], None] = lambda name: None
+    specs: Sequence[Spec], directory: Path | None = None, on_done: Callable[[str], None] = lambda name: None
 ) -> int:
     """Compile the kernels that are neither packaged nor in `directory` (by default the cache); returns how many.
 
@@ -106,7 +126,7 @@ def compile_missing(
     with tempfile.TemporaryDirectory() as scratch:
         listing = Path(scratch) / "specs.json"
         listing.write_text(json.dumps([s.to_dict() for s in missing]))
-        command = [sys.executable, "-m", "glu4.compiled.build", str(listing), str(target)]
+        command = [sys.executable, "-m", missing[0].builder, str(listing), str(target)]
         environment = {**os.environ, "CUTE_DSL_ARCH": missing[0].arch, "CUTE_DSL_DISABLE_FILE_CACHING": "1"}
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None

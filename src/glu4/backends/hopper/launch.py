@@ -11,9 +11,9 @@ from torch import Tensor
 from glu4.activation import Activation
 from glu4.backends.hopper.config import TILE_K, Config, candidates
 from glu4.backends.hopper.pack import UNIT_WORDS
+from glu4.backends.hopper.spec import KernelSpec
 from glu4.compiled import store
 from glu4.compiled.driver import Kernel, TensorMap
-from glu4.compiled.spec import KernelSpec
 from glu4.errors import UnsupportedError
 from glu4.nvfp4 import NVFP4Tensor
 from glu4.problem import Problem

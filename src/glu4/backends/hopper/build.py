@@ -1,4 +1,4 @@
-"""Compile kernels with CuTe DSL, with no GPU: `python -m glu4.compiled.build SPEC_JSON OUTPUT`, one process a batch.
+"""Compile kernels with CuTe DSL, with no GPU: `python -m glu4.backends.hopper.build SPEC_JSON OUTPUT`, one process a batch.
 
 A process of its own, because CuTe DSL takes its target from the environment when it is imported, and so that importing glu4
 never imports it.
@@ -13,8 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from glu4.backends.hopper.spec import KernelSpec
 from glu4.compiled.cubin import resources
-from glu4.compiled.spec import DSL_VERSION, KernelSpec
+from glu4.compiled.store import DSL_VERSION, write
 
 __all__ = ["compile_spec", "main"]
 
@@ -76,8 +77,6 @@ def compile_spec(spec: KernelSpec, directory: str) -> tuple[bytes, dict[str, Any
 
 def main() -> None:
     """Compile the specs listed in a JSON file into a directory; one line of progress each on stdout."""
-    from glu4.compiled.store import write
-
     specs = [KernelSpec.from_dict(d) for d in json.loads(Path(sys.argv[1]).read_text())]
     with tempfile.TemporaryDirectory() as scratch:
         for spec in specs:

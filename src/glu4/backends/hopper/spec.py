@@ -6,16 +6,16 @@ import hashlib
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from glu4.backends.hopper.config import SHIPPED, Config
+from glu4.compiled.store import DSL_VERSION
 
-__all__ = ["DSL_VERSION", "KernelSpec", "shipped"]
+__all__ = ["KernelSpec", "shipped"]
 
-DSL_VERSION = "4.8.1"  # the nvidia-cutlass-dsl release whose output is tested; its API moves between releases
-_SOURCES = ("backends/hopper/config.py", "backends/hopper/pack.py", "backends/hopper/dual_gemm.py", "compiled/build.py")
+_SOURCES = ("backends/hopper/config.py", "backends/hopper/pack.py", "backends/hopper/dual_gemm.py", "backends/hopper/build.py")
 _TYPES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
@@ -28,6 +28,9 @@ class KernelSpec:
     out: str
     dual: bool
     arch: str = "sm_90a"
+
+    # the module that compiles these, run in a process of its own
+    builder: ClassVar[str] = "glu4.backends.hopper.build"
 
     @classmethod
     def of(cls, config: Config, x: torch.dtype, out: torch.dtype, dual: bool) -> KernelSpec:
