@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from glu4 import reference
+from glu4 import dispatch, reference
 from glu4.activation import SILU, Activation, clamped_silu
+from glu4.backends.hopper.pack import pack_gated
 from glu4.nn import GatedMLP, NVFP4Linear, set_mode
 from glu4.nvfp4 import NVFP4Tensor, quantize
 from glu4.verify.cases import Case
@@ -206,6 +207,31 @@ def test_a_module_never_called_before_compiles_and_exports(mode: str) -> None:
     with torch.no_grad():
         assert torch.equal(torch.compile(fresh(), backend="eager", fullgraph=True)(x), want)
         assert torch.equal(torch.export.export(fresh(), (x,)).module()(x), want)
+
+
+def test_packed_weights_follow_what_the_buffers_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed when made, moved or loaded, so that a graph traced before the first call has them; and never stale."""
+    monkeypatch.setattr(dispatch, "packs", lambda device: device.type == "cpu")
+
+    def expected(w: GatedWeights) -> Tensor:
+        return pack_gated(w.gate, w.up)
+
+    def packed(module: GatedMLP) -> Tensor:
+        assert module._ready is not None
+        assert module._ready.packed is not None
+        return module._ready.packed
+
+    module, other = _bare(_weights(1)), _bare(_weights(2))
+    assert torch.equal(packed(module), expected(_weights(1)))
+    module.load_state_dict(other.state_dict())
+    assert torch.equal(packed(module), expected(_weights(2)))
+    module.weights = _weights(3)
+    assert torch.equal(packed(module), expected(_weights(3)))
+    assert torch.equal(packed(module.half()), expected(_weights(3)))
+    empty = module.to("meta").to_empty(device="cpu")
+    empty.load_state_dict(other.state_dict())
+    assert torch.equal(packed(empty), expected(_weights(2)))
+    assert torch.equal(packed(copy.deepcopy(empty)), expected(_weights(2)))
 
 
 def test_on_the_meta_device_a_forward_gives_shapes() -> None:

@@ -8,12 +8,13 @@ token's result depends on the other tokens of its call. Not-a-number and infinit
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from glu4 import ops
+from glu4 import dispatch, ops
 from glu4.activation import SILU, Activation
 from glu4.nvfp4 import NVFP4Tensor, quantize
 from glu4.weights import GatedWeights
@@ -80,6 +81,11 @@ def _check_features(x: Tensor, k: int) -> None:
         raise ValueError(f"x: expected [..., {k}], got shape {list(x.shape)}")
 
 
+def _prepare_after_load(module: nn.Module, _: object) -> None:
+    assert isinstance(module, GatedMLP)
+    module._prepare_again()
+
+
 class GatedMLP(_ExactBuffers):
     """down_proj(act(x @ gate^T) * (x @ up^T)): a gated MLP whose gate and up are NVFP4, each with its own global scale.
 
@@ -109,6 +115,7 @@ class GatedMLP(_ExactBuffers):
             self.register_buffer(name, None)
         self.weights = weights
         self.down_proj = down_proj
+        self.register_load_state_dict_post_hook(_prepare_after_load)  # type: ignore[no-untyped-call]
 
     @property
     def weights(self) -> GatedWeights:
@@ -128,16 +135,24 @@ class GatedMLP(_ExactBuffers):
         self.gate, self.up = _Matrix(weights.gate), _Matrix(weights.up)
         for name in ("input_scale", "gate_bias", "up_bias"):
             setattr(self, name, _detached(getattr(weights, name)))
-        self._ready = None
+        self._prepare_again()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatedMLP:
         self._ready = None
         super()._apply(fn, recurse)
+        self._prepare_again()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._ready = None
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(*args, **kwargs)  # the matrices come after this; the hook prepares them
+
+    def _prepare_again(self) -> None:
+        """Pack now where a kernel wants that: a graph that torch.compile traces before the first call could not."""
+        self._ready = None
+        if dispatch.packs(self.gate.codes.device):
+            with suppress(ValueError):  # memory not filled yet, or damaged weights: the next call says which
+                _ = self.weights
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., K]` to down_proj's output, through `[..., N]` in x's dtype."""
