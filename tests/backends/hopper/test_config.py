@@ -40,6 +40,7 @@ def test_refusals() -> None:
         (lambda: Config(48), "tokens: expected one of"),
         (lambda: Config(64, 4, 2), "rows x k_groups: expected 1 to 6 warpgroups, got 4 x 2"),
         (lambda: Config(64, fragment_sets=3), "fragment_sets: expected 1 or 2, got 3"),
+        (lambda: Config(64, stage_units=3), "stage_units: expected 1 or 2, got 3"),
     ],
 )
 def test_bad_configurations(make, message) -> None:  # type: ignore[no-untyped-def]
@@ -50,10 +51,10 @@ def test_bad_configurations(make, message) -> None:  # type: ignore[no-untyped-d
 def test_the_order_follows_the_measurements() -> None:
     """First choices that the recorded H200 run found best or within 5 % of it."""
     first = {m: next(candidates(problem(m))).name for m in (1, 16, 64, 128, 256, 512)}
-    assert first[1] == "t8r1g2f2"
-    assert first[16] == "t16r1g2f2"
-    assert first[64] == "t64r1g2f1"
-    assert first[128] == "t128r1g4f1"
-    assert first[256] == "t128r2g2f1"
-    assert first[512] == "t256r2g1f2"
-    assert next(candidates(problem(512, 3072))).name == "t128r3g1f2"
+    assert first[1] == "t8r1g3f1u2"
+    assert first[16] == "t16r1g4f1u2"
+    assert first[64] == "t64r1g2f2u2"
+    assert first[128] == "t128r1g4f1u1"
+    assert first[256] == "t128r2g2f1u2"
+    assert first[512] == "t256r2g1f2u2"
+    assert next(candidates(problem(512, 3072))).name == "t128r3g1f2u2"

@@ -28,12 +28,14 @@ _TOKEN_TILES = (8, 16, 32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class Config:
-    """One kernel. tokens: 8 to 256; rows, k_groups: warpgroups; fragment_sets: 2 decodes ahead of the running product."""
+    """One kernel. tokens: 8 to 256; rows, k_groups: warpgroups; fragment_sets: 2 decodes ahead of the running product;
+    stage_units: steps of 64 along K that one stage holds, so that the producer issues fewer, larger copies."""
 
     tokens: int
     rows: int = 2
     k_groups: int = 1
     fragment_sets: int = 2
+    stage_units: int = 1
 
     def __post_init__(self) -> None:
         if self.tokens not in _TOKEN_TILES:
@@ -42,10 +44,12 @@ class Config:
             raise ValueError(f"rows x k_groups: expected 1 to 6 warpgroups, got {self.rows} x {self.k_groups}")
         if self.fragment_sets not in (1, 2):
             raise ValueError(f"fragment_sets: expected 1 or 2, got {self.fragment_sets}")
+        if self.stage_units not in (1, 2):  # packed weights are followed by one spare unit, which a last stage may read
+            raise ValueError(f"stage_units: expected 1 or 2, got {self.stage_units}")
 
     @property
     def name(self) -> str:
-        return f"t{self.tokens}r{self.rows}g{self.k_groups}f{self.fragment_sets}"
+        return f"t{self.tokens}r{self.rows}g{self.k_groups}f{self.fragment_sets}u{self.stage_units}"
 
     @property
     def consumers(self) -> int:
@@ -58,8 +62,8 @@ class Config:
 
     @property
     def stage_bytes(self) -> int:
-        """Shared memory of one stage: 64 of K of the tokens in 16 bits, and of the packed weights."""
-        return self.tokens * TILE_K * 2 + self.rows * UNIT_BYTES
+        """Shared memory of one stage: tokens in 16 bits and packed weights, 64 of K a unit."""
+        return self.stage_units * (self.tokens * TILE_K * 2 + self.rows * UNIT_BYTES)
 
     @property
     def stages(self) -> int:
@@ -87,15 +91,15 @@ class Config:
 
 # what the dispatch can choose, measured best somewhere (docs/notebook-hopper.md)
 SHIPPED = (
-    Config(8, 1, 2),
-    Config(16, 1, 2),
-    Config(32, 1, 2),
-    Config(64, 1, 2, 1),
-    Config(64, 3, 1),
-    Config(128, 1, 4, 1),
-    Config(128, 2, 2, 1),
-    Config(128, 3, 1),
-    Config(256, 2, 1),
+    Config(8, 1, 3, 1, 2),
+    Config(16, 1, 4, 1, 2),
+    Config(32, 1, 2, 2, 2),
+    Config(64, 1, 2, 2, 2),
+    Config(64, 3, 1, 2, 2),
+    Config(128, 1, 4, 1, 1),
+    Config(128, 2, 2, 1, 2),
+    Config(128, 3, 1, 2, 2),
+    Config(256, 2, 1, 2, 2),
 )
 
 
@@ -110,7 +114,7 @@ def legal(config: Config, problem: Problem | GroupedProblem) -> str | None:
     if config.stages < 2 * config.k_groups:
         return f"{config.stages} stages do not give each of {config.k_groups} groups two"
     partial = (config.k_groups - 1) * config.rows * 64 * config.tokens * 4
-    if partial > config.stages * config.tokens * TILE_K * 2:
+    if partial > config.stages * config.stage_units * config.tokens * TILE_K * 2:
         return f"the partial sums of {config.k_groups} groups, {partial} bytes, do not fit where the tokens were"
     return None
 
@@ -127,8 +131,8 @@ def cost(config: Config, problem: Problem, processors: int = 132) -> float:
     """
     outputs = config.rows * (32 if problem.operation == "dual_gemm" else 64)
     tiles = problem.batch * _ceil_div(problem.n, outputs) * _ceil_div(problem.m, config.tokens)
-    step = max(config.rows * (110 + 2.2 * config.tokens), 300 + 1.5 * config.tokens)
-    return _ceil_div(tiles, processors) * (_ceil_div(problem.k, TILE_K) * step + 4000)
+    step = max(config.rows * (60 + 1.97 * config.tokens), 195 + 1.8 * config.tokens)
+    return _ceil_div(tiles, processors) * (_ceil_div(problem.k, TILE_K) * step + 6000)
 
 
 def candidates(problem: Problem, processors: int = 132) -> Iterator[Config]:

@@ -88,7 +88,9 @@ class DualGemm:
             self.x_type, self.x_type, OperandMajorMode.K, OperandMajorMode.K, Float32, (1, 1, 1), (64, c.tokens),
             warpgroup.OperandSource.RMEM,
         )  # fmt: skip
-        layout = sm90.make_smem_layout_b(utils.LayoutEnum.from_tensor(x), (64, c.tokens, TILE_K), self.x_type, c.stages)
+        layout = sm90.make_smem_layout_b(
+            utils.LayoutEnum.from_tensor(x), (64, c.tokens, TILE_K), self.x_type, c.stages * c.stage_units
+        )
         one_stage = cute.slice_(layout, (None, None, 0))
         op = cpasync.CopyBulkTensorTileG2SOp()
         load_x, x_coords = cpasync.make_tiled_tma_atom(op, x, one_stage, (c.tokens, TILE_K))
@@ -97,7 +99,7 @@ class DualGemm:
         class Shared:
             barriers: cute.struct.MemRange[cutlass.Int64, c.stages * 2]
             tokens: cute.struct.Align[cute.struct.MemRange[self.x_type, cute.cosize(layout)], 1024]
-            weights: cute.struct.Align[cute.struct.MemRange[Uint32, c.stages * c.rows * UNIT_WORDS], 128]
+            weights: cute.struct.Align[cute.struct.MemRange[Uint32, c.stages * c.stage_units * c.rows * UNIT_WORDS], 128]
 
         self.shared = Shared
         outputs = c.rows * (32 if self.dual else 64)
@@ -145,10 +147,11 @@ class DualGemm:
             cta_layout_vmnk=cute.make_layout((1, 1, 1, 1)),
         )
         s_tokens = shared.tokens.get_tensor(layout.outer, swizzle=layout.inner)
+        stage_words = UNIT_WORDS * c.stage_units
         s_weights = shared.weights.get_tensor(
-            cute.make_layout((UNIT_WORDS, c.rows, c.stages), stride=(1, UNIT_WORDS, c.rows * UNIT_WORDS))
+            cute.make_layout((stage_words, c.rows, c.stages), stride=(1, stage_words, c.rows * stage_words))
         )
-        units = weights.shape[1]
+        steps = (weights.shape[1] + c.stage_units - 1) // c.stage_units
 
         if group == c.consumers:
             # ---- producer: one warp of the last warpgroup ----
@@ -161,15 +164,20 @@ class DualGemm:
                 copy_unit = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Uint32)
                 last_tile = weights.shape[0] - 1
                 state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, c.stages)
-                for k in cutlass.range(units, unroll=1):
+                for k in cutlass.range(steps, unroll=1):
                     pipe.producer_acquire(state)
                     barrier = pipe.producer_get_barrier(state)
                     with cute.arch.elect_one():
                         for i in cutlass.range_constexpr(c.rows):
                             # the last tile of a ragged grid reads a tile that exists and stores nothing
                             tile = cutlass.min(row_tile * c.rows + i, last_tile)
-                            cute.copy(copy_unit, weights[(tile, k, None)], s_weights[(None, i, state.index)], mbar_ptr=barrier)
-                    cute.copy(load_x, from_global[(None, k)], to_shared[(None, state.index)], tma_bar_ptr=barrier)
+                            # units lie one after the other; past the last one come others or the spare one, times zero
+                            first = weights[(tile, k * c.stage_units, None)].iterator
+                            source = cute.make_tensor(first, cute.make_layout(stage_words))
+                            cute.copy(copy_unit, source, s_weights[(None, i, state.index)], mbar_ptr=barrier)
+                    for u in cutlass.range_constexpr(c.stage_units):
+                        unit, slot = k * c.stage_units + u, state.index * c.stage_units + u
+                        cute.copy(load_x, from_global[(None, unit)], to_shared[(None, slot)], tma_bar_ptr=barrier)
                     state.advance()
                 pipe.producer_tail(state)
         else:
@@ -178,7 +186,7 @@ class DualGemm:
             row, k_group = group % c.rows, group // c.rows
             lane = thread % WARPGROUP
             sums = cute.make_rmem_tensor(mma.partition_shape_C((64, c.tokens)), Float32)
-            self.main_loop(mma, pipe, s_tokens, s_weights, units, row, k_group, lane, sums)
+            self.main_loop(mma, pipe, s_tokens, s_weights, steps, row, k_group, lane, sums)
             partial = cute.make_tensor(
                 cute.recast_ptr(shared.tokens.data_ptr(), dtype=Float32),
                 cute.make_layout((WARPGROUP, 64 * c.tokens // WARPGROUP, c.rows, max(1, c.k_groups - 1))),
@@ -195,8 +203,8 @@ class DualGemm:
     # ---- main loop ----
 
     @cute.jit
-    def main_loop(self, mma, pipe, s_tokens, s_weights, units, row, k_group, lane, sums):
-        """Products of this warpgroup's rows with the tokens, for units k_group, k_group + k_groups, ... of K."""
+    def main_loop(self, mma, pipe, s_tokens, s_weights, steps, row, k_group, lane, sums):
+        """Products of this warpgroup's rows with the tokens, for stages k_group, k_group + k_groups, ... of K."""
         c = self.config
         thr = mma.get_slice(lane)
         tokens = mma.make_fragment_B(thr.partition_B(s_tokens))
@@ -210,8 +218,27 @@ class DualGemm:
         for _ in cutlass.range(k_group, unroll=1):
             ready.advance()
             free.advance()
-        mine = (units - k_group + c.k_groups - 1) // c.k_groups
-        if cutlass.const_expr(c.fragment_sets == 1):
+        mine = (steps - k_group + c.k_groups - 1) // c.k_groups
+        if cutlass.const_expr(c.stage_units == 2):
+            for k in cutlass.range(mine, unroll=1):
+                pipe.consumer_wait(ready)
+                for u in cutlass.range_constexpr(2):
+                    fragment = even if cutlass.const_expr(u == 0) else odd
+                    codes, scales = self.load_unit(s_weights, ready.index, row, lane, u)
+                    if cutlass.const_expr(c.fragment_sets == 1):
+                        warpgroup.wait_group(0)
+                    self.decode(codes, scales, fragment)
+                    self.multiply(mma, sums, fragment, tokens, ready.index * 2 + u)
+                    if cutlass.const_expr(c.fragment_sets == 2):
+                        warpgroup.wait_group(1)
+                    if cutlass.const_expr(u == 0):
+                        if k > 0:  # all products of the stage before are done
+                            pipe.consumer_release(free)
+                            for _ in cutlass.range_constexpr(c.k_groups):
+                                free.advance()
+                for _ in cutlass.range_constexpr(c.k_groups):
+                    ready.advance()
+        elif cutlass.const_expr(c.fragment_sets == 1):
             for k in cutlass.range(mine, unroll=1):
                 pipe.consumer_wait(ready)
                 codes, scales = self.load_unit(s_weights, ready.index, row, lane)
@@ -261,13 +288,13 @@ class DualGemm:
             pipe.consumer_release(free)  # every stage, or the producer waits for ever
 
     @cute.jit
-    def load_unit(self, s_weights, stage, row, lane):
-        """This thread's words of one unit: 4 of codes, 2 of scales."""
-        unit = s_weights[(None, row, stage)]
+    def load_unit(self, s_weights, stage, row, lane, unit: cutlass.Constexpr = 0):
+        """This thread's words of one unit of a stage: 4 of codes, 2 of scales."""
+        start = s_weights[(None, row, stage)].iterator + unit * UNIT_WORDS
         codes, scales = cute.make_rmem_tensor((4,), Uint32), cute.make_rmem_tensor((2,), Uint32)
-        cute.autovec_copy(cute.make_tensor(unit.iterator + lane * 4, cute.make_layout(4)), codes)
+        cute.autovec_copy(cute.make_tensor(start + lane * 4, cute.make_layout(4)), codes)
         pair = (lane // 32) * 8 + (lane % 32) // 4
-        cute.autovec_copy(cute.make_tensor(unit.iterator + CODE_WORDS + pair * 2, cute.make_layout(2)), scales)
+        cute.autovec_copy(cute.make_tensor(start + CODE_WORDS + pair * 2, cute.make_layout(2)), scales)
         return codes, scales
 
     @cute.jit
