@@ -1,0 +1,38 @@
+"""Instruction families. INSTRUCTIONS: opcode to the builder of its steps."""
+
+from glu4.emulator.isa import (
+    alu,
+    arithmetic,
+    atomics,
+    bits,
+    compare,
+    control,
+    convert,
+    mbarrier,
+    memory,
+    mma_sync,
+    tcgen05,
+    transfer,
+    warpwide,
+    wgmma,
+)
+from glu4.emulator.isa.registry import Builder
+
+__all__ = ["INSTRUCTIONS"]
+
+INSTRUCTIONS: dict[str, Builder] = {
+    **alu.INSTRUCTIONS,
+    **arithmetic.INSTRUCTIONS,
+    **bits.INSTRUCTIONS,
+    **compare.INSTRUCTIONS,
+    **convert.INSTRUCTIONS,
+    **control.INSTRUCTIONS,
+    **warpwide.INSTRUCTIONS,
+    **memory.INSTRUCTIONS,
+    **atomics.INSTRUCTIONS,
+    **transfer.INSTRUCTIONS,
+    **mbarrier.INSTRUCTIONS,
+    **mma_sync.INSTRUCTIONS,
+    **wgmma.INSTRUCTIONS,
+    **tcgen05.INSTRUCTIONS,
+}

@@ -1,0 +1,148 @@
+"""Exact rounding of float32 and float64 arithmetic in any direction, vectorised where float64 suffices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "NAN32",
+    "add_exact",
+    "bf16_bits",
+    "bf16_values",
+    "by_fractions",
+    "canonical",
+    "flush",
+    "round_to_f32",
+    "saturate",
+    "to_odd",
+]
+
+Array = NDArray[Any]
+NAN32 = np.uint32(0x7FFFFFFF)  # what float32 instructions of PTX return for a NaN
+_DIRECTED = ("rz", "rm", "rp")
+
+
+def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """(s, e): s the float64 sum, s + e the exact one."""
+    s = a + b
+    back = s - a
+    return s, (a - (s - back)) + (b - back)
+
+
+def to_odd(s: Array, e: Array) -> Array:
+    """s + e rounded to odd, which can be rounded once more to a shorter format without error (Boldo and Melquiond 2008)."""
+    bits = np.ascontiguousarray(s).view(np.int64)
+    inexact = (e != 0) & np.isfinite(s) & np.isfinite(e) & ((bits & 1) == 0)
+    if not inexact.any():
+        return s
+    step = np.where((e > 0) == (s > 0), 1, -1)
+    return np.asarray(np.where(inexact, bits + step, bits)).view(np.float64)
+
+
+def add_exact(a: Array, b: Array) -> Array:
+    """The float64 sum rounded to odd."""
+    return to_odd(*two_sum(a, b))
+
+
+def round_to_f32(x: Array, mode: str = "rn") -> Array:
+    """float64 to float32 in a direction: rn, rz, rm or rp."""
+    near = x.astype(np.float32)
+    if mode == "rn":
+        return near
+    wide = near.astype(np.float64)
+    finite = np.isfinite(x)
+    if mode == "rz":
+        wrong = np.abs(wide) > np.abs(x)
+        target = np.float32(0.0)
+    elif mode == "rm":
+        wrong, target = wide > x, np.float32(-np.inf)
+    else:
+        wrong, target = wide < x, np.float32(np.inf)
+    wrong &= finite
+    return np.where(wrong, np.nextafter(near, target), near)
+
+
+def flush(x: Array) -> Array:
+    """Subnormal float32 values to zero of the same sign."""
+    small = np.abs(x) < np.float32(2.0**-126)
+    return np.where(small, np.copysign(np.float32(0.0), x), x) if small.any() else x
+
+
+def saturate(x: Array) -> Array:
+    """Clamped to [0, 1], NaN to +0."""
+    zero = x.dtype.type(0.0)
+    return np.asarray(np.where(x > 0, np.minimum(x, x.dtype.type(1.0)), zero))
+
+
+def canonical(x: Array) -> Array:
+    """float32 with every NaN made the one that PTX returns."""
+    nan = np.isnan(x)
+    if nan.any():
+        x = x.copy()
+        x.view(np.uint32)[nan] = NAN32
+    return x
+
+
+def bf16_values(codes: Array) -> Array:
+    """uint16 codes to float64."""
+    return (codes.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+
+
+def bf16_bits(x: Array) -> Array:
+    """float64 to uint16 codes, to nearest even, NaN to 0x7fff."""
+    near = x.astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        error = x - near.astype(np.float64)
+    bits = near.view(np.uint32).astype(np.int64)
+    odd = np.isfinite(near) & (error != 0) & ((bits & 1) == 0)
+    bits = np.where(odd, bits + np.where((error > 0) == (x > 0), 1, -1), bits)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(x), 0x7FFF, rounded).astype(np.uint16)
+
+
+def by_fractions(
+    function: Callable[..., Fraction], operands: tuple[Array, ...], mode: str, kind: Any, fallback: Array
+) -> Array:
+    """Lane by lane in exact arithmetic; `fallback` (rounded to nearest) where an operand is not finite or the result 0."""
+    out = fallback.copy()
+    for i in range(out.size):
+        values = [float(o[i]) for o in operands]
+        if not all(map(math.isfinite, values)):
+            continue
+        try:
+            exact = function(*[Fraction(v) for v in values])
+        except ZeroDivisionError:
+            continue
+        if exact == 0:
+            if mode == "rm" and not np.signbit(out[i]) and function.__name__ == "add" and any(values):
+                out[i] = -0.0
+            continue
+        out[i] = _round_fraction(exact, mode, kind)
+    return out
+
+
+def _round_fraction(exact: Fraction, mode: str, kind: Any) -> Any:
+    """An exact value to a NumPy float type."""
+    digits, lowest = (24, -149) if kind is np.float32 else (53, -1074)
+    magnitude = abs(exact)
+    exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
+    if Fraction(2) ** exponent > magnitude:
+        exponent -= 1
+    unit = Fraction(2) ** max(exponent - digits + 1, lowest)
+    whole, rest = divmod(magnitude, unit)
+    away = mode == "rn" and (rest * 2 > unit or (rest * 2 == unit and whole % 2))
+    away |= (mode == "rp" and exact > 0 and rest != 0) or (mode == "rm" and exact < 0 and rest != 0)
+    total = (int(whole) + int(away)) * unit
+    largest = (2 - Fraction(2) ** (1 - digits)) * Fraction(2) ** (127 if kind is np.float32 else 1023)
+    if total > largest:
+        inward = mode == "rz" or (mode == "rm" and exact > 0) or (mode == "rp" and exact < 0)
+        total = largest if inward else Fraction(0)
+        if not inward:
+            return kind(math.copysign(math.inf, exact))
+    return kind(math.copysign(float(total), exact))
