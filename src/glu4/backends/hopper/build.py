@@ -70,6 +70,7 @@ def compile_spec(spec: KernelSpec, directory: str) -> tuple[bytes, dict[str, Any
         "threads": spec.config.threads,
         "shared_bytes": spec.config.shared_bytes,
         "registers": registers,
+        "pdl": True,  # it waits for the kernel before it, and lets the next one start, by griddepcontrol
         "tool": f"nvidia-cutlass-dsl {DSL_VERSION}",
     }
     return cubin, description

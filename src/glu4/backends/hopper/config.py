@@ -26,30 +26,50 @@ _MAX_STAGES = 24
 _TOKEN_TILES = (8, 16, 32, 64, 128, 256)
 
 
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _unroll(ring: int, stage_units: int) -> int:
+    return max(u for u in range(1, 7) if ring % u == 0 and (u == 1 or u * stage_units <= 6))
+
+
 @dataclass(frozen=True)
 class Config:
     """One kernel. tokens: 8 to 256; rows, k_groups: warpgroups; fragment_sets: 2 decodes ahead of the running product;
-    stage_units: steps of 64 along K that one stage holds, so that the producer issues fewer, larger copies."""
+    stage_units: steps of 64 along K that one stage holds, so that the producer issues fewer, larger copies; cluster: CTAs side
+    by side along N that load a share of their tokens each and multicast it; splits: CTAs that share a tile's K, add their
+    sums through distributed shared memory and write a share of the tile each."""
 
     tokens: int
     rows: int = 2
     k_groups: int = 1
     fragment_sets: int = 2
-    stage_units: int = 1
+    stage_units: int = 2
+    cluster: int = 1
+    splits: int = 1
 
     def __post_init__(self) -> None:
         if self.tokens not in _TOKEN_TILES:
             raise ValueError(f"tokens: expected one of {_TOKEN_TILES}, got {self.tokens}")
         if not 1 <= self.rows * self.k_groups <= 6:
             raise ValueError(f"rows x k_groups: expected 1 to 6 warpgroups, got {self.rows} x {self.k_groups}")
-        if self.fragment_sets not in (1, 2):
-            raise ValueError(f"fragment_sets: expected 1 or 2, got {self.fragment_sets}")
+        if self.fragment_sets not in (1, 2) or self.fragment_sets > self.stage_units:
+            raise ValueError(f"fragment_sets: expected 1, or 2 with two stage_units, got {self.fragment_sets}")
         if self.stage_units not in (1, 2):  # packed weights are followed by one spare unit, which a last stage may read
             raise ValueError(f"stage_units: expected 1 or 2, got {self.stage_units}")
+        if self.cluster not in (1, 2) or self.tokens < 8 * self.cluster:
+            raise ValueError(f"cluster: expected 1 or 2 CTAs with 8 tokens each, got {self.cluster} for {self.tokens} tokens")
+        if self.splits not in (1, 2, 4) or self.splits * self.cluster > 4 or self.splits * 8 > self.tokens:
+            raise ValueError(f"splits: expected 1, 2 or 4 of at least 8 tokens, got {self.splits} for {self.tokens} tokens")
+        if self.cluster > 1 and self.splits > 1:
+            raise ValueError("cluster, splits: expected one of them to be 1")
 
     @property
     def name(self) -> str:
-        return f"t{self.tokens}r{self.rows}g{self.k_groups}f{self.fragment_sets}u{self.stage_units}"
+        multicast = f"c{self.cluster}" if self.cluster > 1 else ""
+        split = f"s{self.splits}" if self.splits > 1 else ""
+        return f"t{self.tokens}r{self.rows}g{self.k_groups}f{self.fragment_sets}u{self.stage_units}{multicast}{split}"
 
     @property
     def consumers(self) -> int:
@@ -67,7 +87,50 @@ class Config:
 
     @property
     def stages(self) -> int:
-        return min(_MAX_STAGES, (_SHARED_BYTES - 1024) // self.stage_bytes)
+        """As many as fit, a multiple of k_groups: each stage then belongs to one group, which sees every phase of its barrier.
+
+        A group that saw every second phase could take one parity for another while a copy is late.
+        """
+        ring = min(_MAX_STAGES, (_SHARED_BYTES - 1024) // self.stage_bytes) // self.k_groups
+        while ring > 3 and _unroll(ring, self.stage_units) == 1:
+            ring -= 1
+        return ring * self.k_groups
+
+    @property
+    def unroll(self) -> int:
+        """Stages of one group in a pass of its main loop, so that most addresses are constants: a divisor of its stages."""
+        if self.tokens == 256:  # long products: few instructions for each, and a longer loop measured 1 to 2 % slower
+            return 1
+        return _unroll(self.stages // self.k_groups, self.stage_units)
+
+    @property
+    def reduction_bytes(self) -> int:
+        """Shared memory, where the tokens were, for the float32 sums of other groups and of other splits."""
+        groups = (self.k_groups - 1) * self.rows * 64 * self.tokens * 4
+        splits = (self.splits - 1) * self.rows * 64 * (self.tokens // self.splits) * 4
+        return max(groups, splits)
+
+    def staging_pitch(self, dual: bool) -> int:
+        """Bytes from one token to the next of a warpgroup's outputs in shared memory; the odd 16 avoid bank conflicts."""
+        return (32 if dual else 64) * 2 + 16
+
+    @property
+    def box_tokens(self) -> int:
+        """Rows of the tensor map's box: the share of the tokens that one CTA of a cluster loads."""
+        return self.tokens // self.cluster
+
+    @property
+    def token_group(self) -> int:
+        """Token tiles whose rows of weights are done together: 1024 tokens stay in L2 while the weights pass by."""
+        return max(1, 1024 // self.tokens)
+
+    def grid(self, m: int, n: int, dual: bool) -> tuple[int, int, int]:
+        """CTAs: token tiles of a group, weight rows (a multiple of the cluster), groups times splits."""
+        token_tiles = _ceil_div(m, self.tokens)
+        row_tiles = _ceil_div(n, self.rows * (32 if dual else 64))
+        groups = _ceil_div(token_tiles, self.token_group)
+        x = min(token_tiles, self.token_group)
+        return x, _ceil_div(row_tiles, self.cluster) * self.cluster, groups * self.splits
 
     @property
     def shared_bytes(self) -> int:
@@ -94,12 +157,14 @@ SHIPPED = (
     Config(8, 1, 3, 1, 2),
     Config(16, 1, 4, 1, 2),
     Config(32, 1, 2, 2, 2),
-    Config(64, 1, 2, 2, 2),
-    Config(64, 3, 1, 2, 2),
-    Config(128, 1, 4, 1, 1),
+    Config(64, 1, 3, 1, 2),
+    Config(128, 2, 1, 2, 2, splits=2),
     Config(128, 2, 2, 1, 2),
-    Config(128, 3, 1, 2, 2),
+    Config(128, 3, 1, 1, 2),
+    Config(128, 3, 1, 1, 2, splits=2),
     Config(256, 2, 1, 2, 2),
+    Config(256, 2, 1, 2, 2, splits=2),
+    Config(256, 2, 1, 2, 2, cluster=2),
 )
 
 
@@ -113,26 +178,28 @@ def legal(config: Config, problem: Problem | GroupedProblem) -> str | None:
         return "float32 output: the kernel writes float16 or bfloat16"
     if config.stages < 2 * config.k_groups:
         return f"{config.stages} stages do not give each of {config.k_groups} groups two"
-    partial = (config.k_groups - 1) * config.rows * 64 * config.tokens * 4
-    if partial > config.stages * config.stage_units * config.tokens * TILE_K * 2:
-        return f"the partial sums of {config.k_groups} groups, {partial} bytes, do not fit where the tokens were"
+    staged = config.rows * (config.tokens // config.splits) * config.staging_pitch(problem.operation == "dual_gemm")
+    needed, there = config.reduction_bytes + staged, config.stages * config.stage_units * config.tokens * TILE_K * 2
+    if needed > there:
+        return f"sums and outputs take {needed} bytes, more than the {there} where the tokens were"
     return None
 
 
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def cost(config: Config, problem: Problem, processors: int = 132) -> float:
-    """Predicted cycles, to order configurations by; fitted to one H200 (docs/notebook-hopper.md).
+    """Predicted cycles, to order configurations by; fitted to one H100 (docs/notebook-hopper.md).
 
     A step of 64 along K takes the decode's and the products' issue time of all warpgroups, or the latency of one, whichever
-    is longer; a wave has a fixed cost.
+    is longer; a wave has a fixed cost, and so has the exchange of sums between splits.
     """
     outputs = config.rows * (32 if problem.operation == "dual_gemm" else 64)
-    tiles = problem.batch * _ceil_div(problem.n, outputs) * _ceil_div(problem.m, config.tokens)
-    step = max(config.rows * (60 + 1.97 * config.tokens), 195 + 1.8 * config.tokens)
-    return _ceil_div(tiles, processors) * (_ceil_div(problem.k, TILE_K) * step + 6000)
+    token_tiles = _ceil_div(problem.m, config.tokens)
+    row_tiles = _ceil_div(_ceil_div(problem.n, outputs), config.cluster) * config.cluster
+    ctas = problem.batch * token_tiles * row_tiles * config.splits
+    step = max(config.rows * (55 + 2.05 * config.tokens), 115 + 2.05 * config.tokens)
+    steps = _ceil_div(_ceil_div(problem.k, TILE_K), config.splits)
+    cycles = _ceil_div(ctas, processors) * (steps * step + 5000 + 2500 * (config.splits > 1))
+    # multicast saves power where several waves run, and costs a start in step
+    return cycles * (1.0 if config.cluster == 1 else 0.985 if ctas > processors else 1.01)
 
 
 def candidates(problem: Problem, processors: int = 132) -> Iterator[Config]:

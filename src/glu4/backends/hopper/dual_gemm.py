@@ -2,7 +2,10 @@
 
 Weights are wgmma's matrix A, decoded in registers; tokens are its matrix B, in shared memory: C^T = W x^T. Read
 `pack` for the order of the weights and `config` for what can be chosen. Sections of the kernel, in order: shared memory and
-barriers, the producer, the consumers' main loop (decode, products), the sum over k_groups, the epilogue.
+barriers, the producers, the consumers' main loop (decode, products), the sums over k_groups and splits, the epilogue.
+
+Order between kernels of a stream (griddepcontrol, PTX ISA): copies of weights may start before the kernel in front has ended;
+tokens, scales and biases are read, and the output is written, after it.
 
 Exactness. A decoded fp16 value is e2m1 * e4m3 * 2^-7, a bf16 one * 2^-8, both exact; products are exact in float32, and only
 the order and truncation of the tensor core's sums remain. Global scales are applied in float32, as `_scales` says.
@@ -27,7 +30,7 @@ from cutlass.memory import SmemAllocator
 from glu4.backends.hopper.config import TILE_K, UNIT_BYTES, WARPGROUP, Config
 from glu4.backends.hopper.pack import CODE_WORDS, UNIT_WORDS
 
-Int32, Uint32, Float32 = cutlass.Int32, cutlass.Uint32, cutlass.Float32
+Int32, Int64, Uint32, Float32 = cutlass.Int32, cutlass.Int64, cutlass.Uint32, cutlass.Float32
 
 # bits of `flags`
 X_SCALE, GATE_BIAS, UP_BIAS, IDENTITY = 1, 2, 4, 8
@@ -41,6 +44,37 @@ def _asm_u32(code: str, a: Any, b: Any, *, loc: Any = None, ip: Any = None) -> A
         asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
     )  # fmt: skip
     return Uint32(result)
+
+
+@dsl_user_op
+def _store_remote(address: Any, a: Any, b: Any, c: Any, d: Any, *, loc: Any = None, ip: Any = None) -> None:
+    """16 bytes into the shared memory of a CTA of the cluster; `address` is of mapa."""
+    values = [Uint32(address).ir_value(loc=loc, ip=ip), *(Float32(v).ir_value(loc=loc, ip=ip) for v in (a, b, c, d))]
+    llvm.inline_asm(
+        None, values, "st.shared::cluster.v4.f32 [$0], {$1, $2, $3, $4};", "r,f,f,f,f", has_side_effects=True,
+        is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def _store_transposed(address: Any, *matrices: Any, loc: Any = None, ip: Any = None) -> None:
+    """stmatrix of 1, 2 or 4 transposed 8x8 matrices; lane i gives the address of row i % 8 of matrix i / 8."""
+    count = len(matrices)
+    values = [Uint32(v).ir_value(loc=loc, ip=ip) for v in (address, *matrices)]
+    names = ", ".join(f"${i + 1}" for i in range(count))
+    llvm.inline_asm(
+        None, values, f"stmatrix.sync.aligned.m8n8.x{count}.trans.shared.b16 [$0], {{{names}}};", "r" + ",r" * count,
+        has_side_effects=True, is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def _store_16_bytes(address: Any, words: Any, *, loc: Any = None, ip: Any = None) -> None:
+    values = [Int64(address).ir_value(loc=loc, ip=ip), *(Uint32(words[i]).ir_value(loc=loc, ip=ip) for i in range(4))]
+    llvm.inline_asm(
+        None, values, "st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r", has_side_effects=True,
+        is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
+    )  # fmt: skip
 
 
 def _scaled(values: Any, scales: Any, half: int, kind: str) -> Any:
@@ -92,8 +126,8 @@ class DualGemm:
             utils.LayoutEnum.from_tensor(x), (64, c.tokens, TILE_K), self.x_type, c.stages * c.stage_units
         )
         one_stage = cute.slice_(layout, (None, None, 0))
-        op = cpasync.CopyBulkTensorTileG2SOp()
-        load_x, x_coords = cpasync.make_tiled_tma_atom(op, x, one_stage, (c.tokens, TILE_K))
+        op = cpasync.CopyBulkTensorTileG2SMulticastOp() if c.cluster > 1 else cpasync.CopyBulkTensorTileG2SOp()
+        load_x, x_coords = cpasync.make_tiled_tma_atom(op, x, one_stage, (c.tokens, TILE_K), num_multicast=c.cluster)
 
         @cute.struct
         class Shared:
@@ -103,11 +137,16 @@ class DualGemm:
 
         self.shared = Shared
         outputs = c.rows * (32 if self.dual else 64)
-        grid = (cute.ceil_div(out.shape[0], c.tokens), cute.ceil_div(out.shape[1], outputs), 1)
+        token_tiles, row_tiles = cute.ceil_div(out.shape[0], c.tokens), cute.ceil_div(out.shape[1], outputs)
+        groups = cute.ceil_div(token_tiles, c.token_group)
+        x_tiles = cutlass.min(token_tiles, c.token_group)
+        grid = (x_tiles, cute.ceil_div(row_tiles, c.cluster) * c.cluster, groups * c.splits)
         self.kernel(
             load_x, x_coords, weights, gate_scale, up_scale, x_scale, gate_bias, up_bias, flags, alpha, beta, limit, out, mma,
             layout,
-        ).launch(grid=grid, block=(c.threads, 1, 1), cluster=(1, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
+        ).launch(
+            grid=grid, block=(c.threads, 1, 1), cluster=(1, c.cluster, c.splits), stream=stream, min_blocks_per_mp=1
+        )  # fmt: skip
 
     @cute.kernel
     def kernel(
@@ -130,7 +169,8 @@ class DualGemm:
     ):
         c = self.config
         thread, _, _ = cute.arch.thread_idx()
-        token_tile, row_tile, _ = cute.arch.block_idx()
+        token_tile, row_tile, outer = cute.arch.block_idx()
+        token_tile, split = token_tile + outer // c.splits * c.token_group, outer % c.splits
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         group = cute.arch.make_warp_uniform(thread // WARPGROUP)
 
@@ -142,44 +182,46 @@ class DualGemm:
             barrier_storage=shared.barriers.data_ptr(),
             num_stages=c.stages,
             producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
-            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 4 * c.rows),
+            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 4 * c.rows * c.cluster),
             tx_count=c.stage_bytes,
-            cta_layout_vmnk=cute.make_layout((1, 1, 1, 1)),
+            cta_layout_vmnk=cute.make_layout((1, 1, c.cluster, 1)),
         )
         s_tokens = shared.tokens.get_tensor(layout.outer, swizzle=layout.inner)
         stage_words = UNIT_WORDS * c.stage_units
         s_weights = shared.weights.get_tensor(
             cute.make_layout((stage_words, c.rows, c.stages), stride=(1, stage_words, c.rows * stage_words))
         )
-        steps = (weights.shape[1] + c.stage_units - 1) // c.stage_units
+        all_steps = (weights.shape[1] + c.stage_units - 1) // c.stage_units
+        first_step = all_steps * split // c.splits
+        steps = all_steps * (split + 1) // c.splits - first_step
+        if token_tile * c.tokens >= out.shape[0]:  # beyond the last tile of the last group
+            steps = 0
 
         if group == c.consumers:
-            # ---- producer: one warp of the last warpgroup ----
+            # ---- producers: two warps of the last warpgroup, each with half of the instructions ----
             cute.arch.setmaxregister_decrease(c.producer_registers)
+            state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, c.stages)
             if warp == 4 * c.consumers:
-                g_tokens = cute.local_tile(x, (c.tokens, TILE_K), (token_tile, None))
-                to_shared, from_global = cpasync.tma_partition(
-                    load_x, 0, cute.make_layout(1), cute.group_modes(s_tokens, 0, 2), cute.group_modes(g_tokens, 0, 2)
-                )
-                copy_unit = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Uint32)
-                last_tile = weights.shape[0] - 1
-                state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, c.stages)
+                # weights, and the stage's bytes; no other kernel writes weights, so none is waited for
                 for k in cutlass.range(steps, unroll=1):
                     pipe.producer_acquire(state)
-                    barrier = pipe.producer_get_barrier(state)
-                    with cute.arch.elect_one():
-                        for i in cutlass.range_constexpr(c.rows):
-                            # the last tile of a ragged grid reads a tile that exists and stores nothing
-                            tile = cutlass.min(row_tile * c.rows + i, last_tile)
-                            # units lie one after the other; past the last one come others or the spare one, times zero
-                            first = weights[(tile, k * c.stage_units, None)].iterator
-                            source = cute.make_tensor(first, cute.make_layout(stage_words))
-                            cute.copy(copy_unit, source, s_weights[(None, i, state.index)], mbar_ptr=barrier)
-                    for u in cutlass.range_constexpr(c.stage_units):
-                        unit, slot = k * c.stage_units + u, state.index * c.stage_units + u
-                        cute.copy(load_x, from_global[(None, unit)], to_shared[(None, slot)], tma_bar_ptr=barrier)
+                    self.load_weights(weights, s_weights, pipe, state, row_tile, first_step + k)
                     state.advance()
                 pipe.producer_tail(state)
+            if warp == 4 * c.consumers + 1:
+                # tokens, which the kernel before this one may write; the bytes may arrive before they are announced
+                g_tokens = cute.local_tile(x, (c.tokens, TILE_K), (token_tile, None))
+                share = row_tile % c.cluster
+                to_shared, from_global = cpasync.tma_partition(
+                    load_x, share, cute.make_layout(c.cluster), cute.group_modes(s_tokens, 0, 2),
+                    cute.group_modes(g_tokens, 0, 2),
+                )  # fmt: skip
+                cute.arch.griddepcontrol_wait()
+                cute.arch.griddepcontrol_launch_dependents()
+                for k in cutlass.range(steps, unroll=1):
+                    pipe.sync_object_empty.wait(state.index, state.phase)
+                    self.load_tokens(load_x, from_global, to_shared, pipe, state, first_step + k)
+                    state.advance()
         else:
             # ---- consumers ----
             cute.arch.setmaxregister_increase(c.consumer_registers)
@@ -192,13 +234,52 @@ class DualGemm:
                 cute.make_layout((WARPGROUP, 64 * c.tokens // WARPGROUP, c.rows, max(1, c.k_groups - 1))),
             )
             self.add_groups(sums, partial, row, k_group, lane)
+            if cutlass.const_expr(c.splits > 1):
+                self.exchange(sums, shared.tokens.data_ptr(), split, row, k_group, lane)
             if k_group == 0:
+                # x's scale is the kernel before's to write, and what this one stores may be its to read
+                cute.arch.griddepcontrol_wait()
                 gate_factors = self.scales(gate_scale[0], x_scale, flags)
                 up_factors = self.scales(up_scale[0], x_scale, flags)
-                self.epilogue(
-                    sums, gate_factors, up_factors, gate_bias, up_bias, flags, alpha, beta, limit, out, token_tile,
-                    row_tile * c.rows + row, lane,
-                )  # fmt: skip
+                staging = shared.tokens.data_ptr().toint() + c.reduction_bytes
+                for part in cutlass.range_constexpr(c.splits):
+                    if split == part:
+                        values = self.epilogue(
+                            sums, gate_factors, up_factors, gate_bias, up_bias, flags, alpha, beta, limit, out.shape[1],
+                            row_tile * c.rows + row, lane, part,
+                        )  # fmt: skip
+                        self.store(values, out, staging, row, token_tile * c.tokens + part * (c.tokens // c.splits),
+                                   row_tile * c.rows + row, lane)  # fmt: skip
+
+    # ---- copies ----
+
+    @cute.jit
+    def load_weights(self, weights, s_weights, pipe, state, row_tile, k):
+        """Start the bulk copies of one stage's packed units, one for each row group."""
+        c = self.config
+        stage_words = UNIT_WORDS * c.stage_units
+        copy_units = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Uint32)
+        with cute.arch.elect_one():
+            for i in cutlass.range_constexpr(c.rows):
+                # the last tile of a ragged grid reads a tile that exists and stores nothing
+                tile = cutlass.min(row_tile * c.rows + i, weights.shape[0] - 1)
+                # units lie one after the other; past the last one come others or the spare one, times zero
+                first = weights[(tile, k * c.stage_units, None)].iterator
+                source = cute.make_tensor(first, cute.make_layout(stage_words))
+                cute.copy(copy_units, source, s_weights[(None, i, state.index)], mbar_ptr=pipe.producer_get_barrier(state))
+
+    @cute.jit
+    def load_tokens(self, load_x, from_global, to_shared, pipe, state, k):
+        """Start the tensor copies of one stage's tokens, this CTA's share of them to every CTA of the cluster."""
+        c = self.config
+        barrier = pipe.producer_get_barrier(state)
+        for u in cutlass.range_constexpr(c.stage_units):
+            source = from_global[(None, k * c.stage_units + u)]
+            target = to_shared[(None, state.index * c.stage_units + u)]
+            if cutlass.const_expr(c.cluster > 1):
+                cute.copy(load_x, source, target, tma_bar_ptr=barrier, mcast_mask=cutlass.Int16((1 << c.cluster) - 1))
+            else:
+                cute.copy(load_x, source, target, tma_bar_ptr=barrier)
 
     # ---- main loop ----
 
@@ -213,79 +294,58 @@ class DualGemm:
         shape = mma.partition_shape_A((64, TILE_K))
         even = mma.make_fragment_A(shape)
         odd = mma.make_fragment_A(shape) if cutlass.const_expr(c.fragment_sets == 2) else even
-        ready = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, c.stages)
-        free = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, c.stages)
-        for _ in cutlass.range(k_group, unroll=1):
-            ready.advance()
-            free.advance()
         mine = (steps - k_group + c.k_groups - 1) // c.k_groups
-        if cutlass.const_expr(c.stage_units == 2):
-            for k in cutlass.range(mine, unroll=1):
-                pipe.consumer_wait(ready)
-                for u in cutlass.range_constexpr(2):
-                    fragment = even if cutlass.const_expr(u == 0) else odd
-                    codes, scales = self.load_unit(s_weights, ready.index, row, lane, u)
-                    if cutlass.const_expr(c.fragment_sets == 1):
-                        warpgroup.wait_group(0)
-                    self.decode(codes, scales, fragment)
-                    self.multiply(mma, sums, fragment, tokens, ready.index * 2 + u)
-                    if cutlass.const_expr(c.fragment_sets == 2):
-                        warpgroup.wait_group(1)
-                    if cutlass.const_expr(u == 0):
-                        if k > 0:  # all products of the stage before are done
-                            pipe.consumer_release(free)
-                            for _ in cutlass.range_constexpr(c.k_groups):
-                                free.advance()
-                for _ in cutlass.range_constexpr(c.k_groups):
-                    ready.advance()
-        elif cutlass.const_expr(c.fragment_sets == 1):
-            for k in cutlass.range(mine, unroll=1):
-                pipe.consumer_wait(ready)
-                codes, scales = self.load_unit(s_weights, ready.index, row, lane)
-                warpgroup.wait_group(0)  # the fragment's registers are free, and so is the stage before
-                if k > 0:
-                    pipe.consumer_release(free)
-                    for _ in cutlass.range_constexpr(c.k_groups):
-                        free.advance()
-                self.decode(codes, scales, even)
-                self.multiply(mma, sums, even, tokens, ready.index)
-                for _ in cutlass.range_constexpr(c.k_groups):
-                    ready.advance()
-        else:
-            for k in cutlass.range(mine // 2, unroll=1):
-                pipe.consumer_wait(ready)
-                codes, scales = self.load_unit(s_weights, ready.index, row, lane)
-                self.decode(codes, scales, even)
-                self.multiply(mma, sums, even, tokens, ready.index)
-                warpgroup.wait_group(1)  # all but the products just issued: the other fragment is free
-                if k > 0:
-                    pipe.consumer_release(free)
-                    for _ in cutlass.range_constexpr(c.k_groups):
-                        free.advance()
-                for _ in cutlass.range_constexpr(c.k_groups):
-                    ready.advance()
-                pipe.consumer_wait(ready)
-                codes, scales = self.load_unit(s_weights, ready.index, row, lane)
-                self.decode(codes, scales, odd)
-                self.multiply(mma, sums, odd, tokens, ready.index)
-                warpgroup.wait_group(1)
-                pipe.consumer_release(free)
-                for _ in cutlass.range_constexpr(c.k_groups):
-                    free.advance()
-                    ready.advance()
-            if mine % 2 != 0:
-                pipe.consumer_wait(ready)
-                codes, scales = self.load_unit(s_weights, ready.index, row, lane)
-                self.decode(codes, scales, even)
-                self.multiply(mma, sums, even, tokens, ready.index)
-                warpgroup.wait_group(1)
-                if mine > 1:
-                    pipe.consumer_release(free)
-                    for _ in cutlass.range_constexpr(c.k_groups):
-                        free.advance()
+        stage, before, phase = Int32(k_group), Int32(0), Int32(0)
+        passes = mine // c.unroll
+        for i in cutlass.range(passes, unroll=1):
+            for j in cutlass.range_constexpr(c.unroll):
+                self.step(
+                    mma, pipe, s_weights, tokens, sums, even, odd, row, lane, stage + j * c.k_groups, phase,
+                    before if cutlass.const_expr(j == 0) else stage + (j - 1) * c.k_groups, (i > 0) | (j > 0)
+                )  # fmt: skip
+            before = stage + (c.unroll - 1) * c.k_groups
+            stage += c.unroll * c.k_groups
+            if stage >= c.stages:
+                stage -= c.stages
+                phase ^= 1
+        for i in cutlass.range(passes * c.unroll, mine, unroll=1):
+            self.step(mma, pipe, s_weights, tokens, sums, even, odd, row, lane, stage, phase, before, i > 0)
+            before = stage
+            stage += c.k_groups
+            if stage >= c.stages:
+                stage -= c.stages
+                phase ^= 1
         warpgroup.wait_group(0)
         if mine > 0:
-            pipe.consumer_release(free)  # every stage, or the producer waits for ever
+            self.release(pipe, before, lane)  # every stage, or the producer waits for ever
+
+    @cute.jit
+    def step(self, mma, pipe, s_weights, tokens, sums, even, odd, row, lane, stage, phase, before, any_before):
+        """Decode and multiply one stage; release the stage before it once its products are done."""
+        c = self.config
+        pipe.sync_object_full.wait(stage, phase)
+        for u in cutlass.range_constexpr(c.stage_units):
+            fragment = odd if cutlass.const_expr(u == 1) else even
+            codes, scales = self.load_unit(s_weights, stage, row, lane, u)
+            if cutlass.const_expr(c.fragment_sets == 1):
+                warpgroup.wait_group(0)
+                if cutlass.const_expr(u == 0):
+                    if any_before:
+                        self.release(pipe, before, lane)
+            self.decode(codes, scales, fragment)
+            self.multiply(mma, sums, fragment, tokens, stage * c.stage_units + u)
+            if cutlass.const_expr(c.fragment_sets == 2):
+                warpgroup.wait_group(1)  # all but the products just issued: the other fragment and the stage before are free
+                if cutlass.const_expr(u == 0):
+                    if any_before:
+                        self.release(pipe, before, lane)
+
+    @cute.jit
+    def release(self, pipe, stage, lane):
+        """A stage's memory is free for the next copies: one arrival a warp, at each CTA that copies into it."""
+        cute.arch.sync_warp()  # the one lane's arrival then stands for the reads of all
+        if lane % 32 < self.config.cluster:
+            pipe.sync_object_empty.arrive(stage, pipe.consumer_mask)
 
     @cute.jit
     def load_unit(self, s_weights, stage, row, lane, unit: cutlass.Constexpr = 0):
@@ -316,11 +376,11 @@ class DualGemm:
                 registers[4 * s + j] = _scaled(value, both, j % 2, kind)
 
     @cute.jit
-    def multiply(self, mma, sums, fragment, tokens, stage):
+    def multiply(self, mma, sums, fragment, tokens, unit):
         """Issue one unit's four products."""
         warpgroup.fence()
         for s in cutlass.range_constexpr(4):
-            cute.gemm(mma, sums, fragment[(None, None, s)], tokens[(None, None, s, stage)], sums)
+            cute.gemm(mma, sums, fragment[(None, None, s)], tokens[(None, None, s, unit)], sums)
         warpgroup.commit_group()
 
     # ---- the sum over k_groups, in their order ----
@@ -340,6 +400,45 @@ class DualGemm:
                 for g in cutlass.range_constexpr(c.k_groups - 1):
                     for i in cutlass.range_constexpr(count):
                         sums[i] = sums[i] + partial[lane, i, row, g]
+
+    # ---- the sum over splits, in their order: each CTA of the cluster receives its share of the tile from the others ----
+
+    @cute.jit
+    def exchange(self, sums, memory, split, row, k_group, lane):
+        c = self.config
+        count = cutlass.const_expr(64 * c.tokens // WARPGROUP // c.splits)
+        # float32 [sender, row group, count / 4, thread, 4]
+        received = cute.make_layout(
+            ((4, count // 4), WARPGROUP, c.rows, c.splits - 1),
+            stride=((1, 4 * WARPGROUP), 4, count * WARPGROUP, c.rows * count * WARPGROUP),
+        )
+        # every CTA is done with its stages, so their memory can take the sums of others
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+        if k_group == 0:
+            for part in cutlass.range_constexpr(c.splits):
+                if split != part:
+                    slot = split if split < part else split - 1
+                    offset = 4 * received((0, lane, row, slot))
+                    there = _asm_u32("mapa.shared::cluster.u32 $0, $1, $2;", memory.toint() + offset, part)
+                    for i in cutlass.range_constexpr(0, count, 4):
+                        four = [sums[part * count + i + e] for e in range(4)]
+                        _store_remote(there + i * WARPGROUP * 4, *four)
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+        if k_group == 0:
+            here = cute.make_tensor(cute.recast_ptr(memory, dtype=Float32), received)
+            for part in cutlass.range_constexpr(c.splits):
+                if split == part:
+                    for i in cutlass.range_constexpr(count):
+                        total = Float32(0.0)
+                        for other in cutlass.range_constexpr(c.splits):
+                            if cutlass.const_expr(other == part):
+                                value = sums[part * count + i]
+                            else:
+                                value = here[i, lane, row, other - (other > part)]
+                            total = value if cutlass.const_expr(other == 0) else total + value
+                        sums[part * count + i] = total
 
     # ---- epilogue ----
 
@@ -377,45 +476,66 @@ class DualGemm:
 
     @cute.jit
     def epilogue(
-        self, sums, gate_factors, up_factors, gate_bias, up_bias, flags, alpha, beta, limit, out, token_tile, row_tile, lane
-    ):
-        """Scales, bias and activation in float32, one rounding, stores within [m, n].
+        self, sums, gate_factors, up_factors, gate_bias, up_bias, flags, alpha, beta, limit, n, row_tile, lane,
+        part: cutlass.Constexpr,
+    ):  # fmt: skip
+        """Scales, bias and activation in float32 and one rounding, for one share of the tile; two tokens a register.
 
         Registers 4 j + p and 4 j + 2 + p are rows g and g + 8 of token 8 j + 2 q + p (PTX ISA, wgmma, matrix D).
         """
         c = self.config
-        tokens, n = out.shape
-        w, g, q = lane // 32, lane % 32 // 4, lane % 4
+        share = cutlass.const_expr(c.tokens // 8 // c.splits)
+        each = cutlass.const_expr(1 if self.dual else 2)
+        values = cute.make_rmem_tensor((share * each * 2,), self.out_type)
+        gate_factor, up_factor = gate_factors[0] * gate_factors[1], up_factors[0] * up_factors[1]
+        # a factor in this range is exact in one multiply
+        plain = (flags & (GATE_BIAS | UP_BIAS | IDENTITY)) == 0
+        for factor in (gate_factor, up_factor):
+            plain = plain & (factor > 1e-37) & (factor < 1e38)
         if cutlass.const_expr(self.dual):
-            column = row_tile * 32 + w * 8 + g
+            plain = plain & (limit == float("inf")) & (beta == 0.0)
+        if plain:
+            slope = alpha * -1.4426950408889634  # log2(e)
+            for j in cutlass.range_constexpr(share):
+                for p in cutlass.range_constexpr(2):
+                    gate = sums[4 * (part * share + j) + p] * gate_factor
+                    up = sums[4 * (part * share + j) + 2 + p] * up_factor
+                    if cutlass.const_expr(self.dual):
+                        sigmoid = cute.arch.rcp_approx(1.0 + cute.arch.exp2(gate * slope))
+                        values[2 * j + p] = (gate * sigmoid * up).to(self.out_type)
+                    else:
+                        values[4 * j + p] = gate.to(self.out_type)
+                        values[4 * j + 2 + p] = up.to(self.out_type)
         else:
+            gate_extra, up_extra = self.biases(gate_bias, up_bias, flags, n, row_tile, lane)
+            for j in cutlass.range_constexpr(share):
+                for p in cutlass.range_constexpr(2):
+                    gate = sums[4 * (part * share + j) + p] * gate_factors[0] * gate_factors[1] + gate_extra
+                    up = sums[4 * (part * share + j) + 2 + p] * up_factors[0] * up_factors[1] + up_extra
+                    if cutlass.const_expr(self.dual):
+                        values[2 * j + p] = self.activate(gate, up, flags, alpha, beta, limit).to(self.out_type)
+                    else:
+                        values[4 * j + p] = gate.to(self.out_type)
+                        values[4 * j + 2 + p] = up.to(self.out_type)
+        return values
+
+    @cute.jit
+    def biases(self, gate_bias, up_bias, flags, n, row_tile, lane):
+        """What is added to this thread's two rows."""
+        w, g = lane // 32, lane % 32 // 4
+        column = row_tile * 32 + w * 8 + g
+        second = column
+        if cutlass.const_expr(not self.dual):
             column = row_tile * 64 + w * 16 + g
+            second = column + 8
         gate_extra, up_extra = Float32(0.0), Float32(0.0)
         if (flags & GATE_BIAS) != 0:
             if column < n:
                 gate_extra = gate_bias[column]
         if (flags & UP_BIAS) != 0:
-            if cutlass.const_expr(self.dual):
-                if column < n:
-                    up_extra = up_bias[column]
-            else:
-                if column + 8 < n:
-                    up_extra = up_bias[column + 8]
-        for j in cutlass.range_constexpr(c.tokens // 8):
-            for p in cutlass.range_constexpr(2):
-                token = token_tile * c.tokens + 8 * j + 2 * q + p
-                gate = sums[4 * j + p] * gate_factors[0] * gate_factors[1] + gate_extra
-                up = sums[4 * j + 2 + p] * up_factors[0] * up_factors[1] + up_extra
-                if cutlass.const_expr(self.dual):
-                    value = self.activate(gate, up, flags, alpha, beta, limit)
-                    if (token < tokens) & (column < n):
-                        out[token, column] = value.to(self.out_type)
-                else:
-                    if token < tokens:
-                        if column < n:
-                            out[token, column] = gate.to(self.out_type)
-                        if column + 8 < n:
-                            out[token, column + 8] = up.to(self.out_type)
+            if second < n:
+                up_extra = up_bias[second]
+        return gate_extra, up_extra
 
     @cute.jit
     def activate(self, gate, up, flags, alpha, beta, limit):
@@ -426,6 +546,50 @@ class DualGemm:
         sigmoid = cute.arch.rcp_approx(1.0 + cute.math.exp(-(alpha * gate_clamped)))
         value = gate_clamped * sigmoid * (up_clamped + beta)
         return gate * up if (flags & IDENTITY) != 0 else value
+
+    @cute.jit
+    def store(self, values, out, staging, row, first_token, row_tile, lane):
+        """Transpose through shared memory, one warpgroup for itself, and store 16 bytes a thread within [m, n]."""
+        c = self.config
+        columns = cutlass.const_expr(32 if self.dual else 64)
+        pitch = cutlass.const_expr(c.staging_pitch(self.dual))
+        count = cutlass.const_expr(c.tokens // c.splits)
+        words = cute.recast_tensor(values, Uint32)
+        matrices = cutlass.const_expr(cute.size(words))  # 8 x 8: all tokens of 8 columns, for one matrix those of 8 more
+        base = staging + row * (count * pitch)
+        if cutlass.const_expr(c.k_groups == 1 and c.splits == 1):
+            # the tokens' memory is free once no product reads it any more
+            cute.arch.barrier(barrier_id=1, number_of_threads=c.consumers * WARPGROUP)
+        w, in_warp = lane // 32, lane % 32
+        batch = cutlass.const_expr(min(4, matrices))
+        mine = in_warp // 8 % batch
+        for i in cutlass.range_constexpr(0, matrices, batch):
+            if cutlass.const_expr(self.dual):
+                address = base + (8 * (i + mine) + in_warp % 8) * pitch + w * 16
+            else:
+                address = base + (8 * ((i + mine) // 2) + in_warp % 8) * pitch + w * 32 + (i + mine) % 2 * 16
+            _store_transposed(address, *[words[i + e] for e in range(batch)])
+        cute.arch.barrier(barrier_id=2 + row, number_of_threads=WARPGROUP)
+        tokens, n = out.shape
+        start = out.iterator.toint()
+        aligned = ((start | (Int64(out.stride[0]) * 2)) & 15) == 0
+        chunks = cutlass.const_expr(columns // 8)
+        for i in cutlass.range_constexpr((count * chunks + WARPGROUP - 1) // WARPGROUP):
+            item = i * WARPGROUP + lane
+            token, column = item // chunks, row_tile * columns + item % chunks * 8
+            if (item < count * chunks) & (first_token + token < tokens) & (column < n):
+                staged = base + token * pitch + item % chunks * 16
+                there = cute.make_ptr(Uint32, staged, cute.AddressSpace.smem, assumed_align=16)
+                four = cute.make_rmem_tensor((4,), Uint32)
+                cute.autovec_copy(cute.make_tensor(there, cute.make_layout(4)), four)
+                if aligned & (column + 8 <= n):
+                    offset = Int64(first_token + token) * Int64(out.stride[0]) + column
+                    _store_16_bytes(start + offset * 2, four)
+                else:
+                    elements = cute.recast_tensor(four, self.out_type)
+                    for e in cutlass.range_constexpr(8):
+                        if column + e < n:
+                            out[first_token + token, column + e] = elements[e]
 
 
 assert UNIT_BYTES == 4 * UNIT_WORDS
