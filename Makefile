@@ -41,10 +41,15 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-prove: $(VENV)/.dev
+# kernels are compiled here, and inspected, with no GPU
+$(VENV)/.compile: $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINED) --editable '.[compile]'
+	@touch $@
+
+prove: $(VENV)/.compile
 	$(BIN)/pytest -n 2 -m "slow and not long"
 
-prove-all: $(VENV)/.dev
+prove-all: $(VENV)/.compile
 	$(BIN)/pytest -n 2 -m "slow"
 
 bench-cpu: $(VENV)/.base

@@ -10,7 +10,11 @@ import torch
 from typer.testing import CliRunner
 
 import glu4
-from glu4.cli import app, doctor
+from glu4 import dispatch
+from glu4.backends.hopper.spec import shipped
+from glu4.cli import app, doctor, output
+from glu4.compiled import store
+from glu4.dispatch import Candidate, Explanation
 from glu4.nvfp4 import NVFP4Tensor
 
 RUNNER = CliRunner()
@@ -25,7 +29,8 @@ def test_a_healthy_machine_is_exit_code_0_with_versions_devices_and_backends():
         "cpu: ",
         "portable runs",
         "self-test: right",
-        "kernel cache: none",
+        "Hopper kernels: ",
+        "kernel cache: ",
     ):
         assert text in result.stdout
 
@@ -60,7 +65,7 @@ def test_a_wrong_product_is_found_and_exit_code_1(monkeypatch):
     assert result.exit_code == 1
     document = json.loads(result.stdout)
     assert document["status"] == "wrong"
-    assert document["devices"][0]["faults"] == ["dual_gemm of exact operands differs from the specification"]
+    assert document["devices"][0]["faults"] == ["dual_gemm by portable of exact operands differs from the specification"]
 
 
 def test_a_device_that_cannot_run_the_self_test_is_a_fault(monkeypatch):
@@ -68,7 +73,9 @@ def test_a_device_that_cannot_run_the_self_test_is_a_fault(monkeypatch):
         raise RuntimeError("no kernel image\nis available")
 
     monkeypatch.setattr(glu4, "dual_gemm", broken)
-    assert doctor._faults(torch.device("cpu")) == ["the self-test cannot run: no kernel image is available"]
+    assert doctor._faults(torch.device("cpu")) == ["dual_gemm by portable cannot run: no kernel image is available"]
+    monkeypatch.setattr(NVFP4Tensor, "decode", broken)
+    assert doctor._faults(torch.device("cpu"))[0] == "the self-test cannot run: no kernel image is available"
 
 
 def test_missing_packages_and_an_old_torch_become_hints(monkeypatch):
@@ -94,3 +101,112 @@ def test_a_machine_without_a_visible_gpu_gets_one_hint_why(monkeypatch, built, w
 )
 def test_versions_are_compared_as_numbers(version, older):
     assert doctor._older(version) is older
+
+
+# ---- compiled kernels ----
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLU4_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(output.console, "width", 300)
+    monkeypatch.setattr(store, "packaged_directory", lambda: tmp_path / "package")
+    return tmp_path / "cache"
+
+
+def hints_on_a_hopper_gpu() -> list[str]:
+    return doctor._kernel_hints(doctor._kernels(), [{"hopper": False}, {"hopper": True}])
+
+
+def test_kernels_are_counted_and_the_missing_ones_named(own_cache):
+    for spec in shipped()[:-2]:
+        store.write(own_cache, spec, b"cubin", {})
+    store.write(store.packaged_directory(), shipped()[0], b"cubin", {})
+    damaged = store.file_of(own_cache, shipped()[3])
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    outdated = own_cache / "sm90_dual_gemm_of_another_version-0123.kernel"
+    outdated.write_bytes(b"")
+    result = RUNNER.invoke(app, ["doctor"])
+    assert result.exit_code == 0, result.output
+    count = len(shipped())
+    assert f"{count} shipped; 1 in the package, {count - 4} in the cache, 3 missing, 1 damaged" in result.stdout
+    assert f"missing: {shipped()[3].name}, {shipped()[-2].name}, {shipped()[-1].name}\n" in result.stdout
+    assert f"kernel cache: {own_cache} (can be written)" in result.stdout
+    assert f"hint: damaged kernel files are not loaded, and glu4 compile replaces them: {damaged}" in result.stdout
+    assert f"hint: kernel files of another version of glu4, which may be deleted: {outdated}\n" in result.stdout
+    assert "are not compiled" not in result.stdout  # there is no Hopper GPU that would want them
+    kernels = json.loads(RUNNER.invoke(app, ["doctor", "--json"]).stdout)["kernels"]
+    assert (kernels["packaged"], kernels["cached"], len(kernels["missing"])) == (1, count - 4, 3)
+    assert kernels["damaged"] == [str(damaged)]
+
+
+def test_a_hopper_gpu_without_kernels_is_told_the_command(own_cache, monkeypatch):
+    count = f"{len(shipped())} of {len(shipped())} Hopper kernels are not compiled"
+    wheel = "or install a wheel of glu4 that carries them"
+    install = "pip install nvidia-cutlass-dsl==4.8.1"
+    monkeypatch.setattr(store, "installed_dsl", lambda: store.DSL_VERSION)
+    assert hints_on_a_hopper_gpu() == [f"{count}: glu4 compile; {wheel}"]
+    for version in (None, "4.9.0"):
+        monkeypatch.setattr(store, "installed_dsl", lambda version=version: version)
+        assert hints_on_a_hopper_gpu() == [f"{count}: {install}, then glu4 compile; {wheel}"]
+    monkeypatch.setenv("GLU4_CACHE_DIR", "off")
+    place = "set GLU4_CACHE_DIR to a directory that can be written"
+    assert hints_on_a_hopper_gpu() == [f"{count}: {place} (the cache is off), then {install}, then glu4 compile; {wheel}"]
+    own_cache.write_text("a file")
+    monkeypatch.setenv("GLU4_CACHE_DIR", str(own_cache))
+    assert f"{place} ({own_cache} is not a directory), then" in hints_on_a_hopper_gpu()[0]
+    for spec in shipped():
+        store.write(store.packaged_directory(), spec, b"cubin", {})
+    assert hints_on_a_hopper_gpu() == []
+
+
+@pytest.mark.parametrize(
+    ("version", "line"),
+    [
+        (None, "CuTe DSL: not installed; only compiling needs it"),
+        ("4.8.1", "CuTe DSL: 4.8.1\n"),
+        ("4.9.0", "CuTe DSL: 4.9.0, which is not the tested 4.8.1: it compiles nothing"),
+    ],
+)
+def test_the_compiler_is_named_with_what_its_release_means(own_cache, monkeypatch, version, line):
+    monkeypatch.setattr(store, "installed_dsl", lambda: version)
+    assert line in RUNNER.invoke(app, ["doctor"]).stdout
+
+
+def test_a_cache_that_is_off_or_cannot_be_written_is_said(own_cache, monkeypatch):
+    own_cache.write_text("a file")
+    assert f"kernel cache: {own_cache} ({own_cache} is not a directory)" in RUNNER.invoke(app, ["doctor"]).stdout
+    monkeypatch.setenv("GLU4_CACHE_DIR", "off")
+    assert "kernel cache: off\n" in RUNNER.invoke(app, ["doctor"]).stdout
+
+
+def test_doctor_compiles_nothing(own_cache, monkeypatch):
+    def compile_missing(*_: object, **__: object) -> int:
+        raise AssertionError
+
+    monkeypatch.setattr(store, "compile_missing", compile_missing)
+    assert RUNNER.invoke(app, ["doctor"]).exit_code == 0
+
+
+def test_every_backend_that_can_run_is_tested(monkeypatch):
+    both = (Candidate("hopper", True, "here"), Candidate("portable", True, "everywhere"))
+    monkeypatch.setattr(dispatch, "explain", lambda problem, device: Explanation(problem, str(device), both))
+    right = glu4.dual_gemm
+
+    def of_a_wrong_driver(*args: object, backend: str, **options: object) -> torch.Tensor:
+        if backend == "hopper":
+            raise RuntimeError("cuLibraryLoadData failed: CUDA_ERROR_INVALID_IMAGE (200)")
+        return right(*args, **options)
+
+    monkeypatch.setattr(glu4, "dual_gemm", of_a_wrong_driver)
+    expected = "dual_gemm by hopper cannot run: cuLibraryLoadData failed: CUDA_ERROR_INVALID_IMAGE (200)"
+    assert doctor._faults(torch.device("cpu")) == [expected]
+
+
+def test_little_free_memory_is_a_hint():
+    devices = [
+        {"device": "cuda:0", "free_gib": 0.3},
+        {"device": "cuda:1", "free_gib": 70.0},
+        {"device": "cpu", "free_gib": None},
+    ]
+    assert doctor._memory_hints(devices) == ["cuda:0 has 0.3 GiB of free memory, too little for most models: see nvidia-smi"]

@@ -30,29 +30,33 @@ _PACKAGES = {
     "transformers": "for demo, eval and nn.convert: pip install 'glu4[hf]'",
     "gguf": "for demo: pip install 'glu4[hf]'",
     "matplotlib": "for pictures in reports: pip install 'glu4[report]'",
-    "triton": "",  # glu4 needs neither this nor the next; submissions may
-    "nvidia-cutlass-dsl": "",
+    "triton": "",  # glu4 needs it nowhere; submissions may
+    "nvidia-cutlass-dsl": "",  # to compile kernels; what follows from its absence stands with the kernels
 }
 _TORCH = (2, 11)
+_EXACT = (64, 128, 256)  # M, N, K of the self-test
+_NAMES_SHOWN = 4
+_SCARCE_GIB = 1.0  # of free GPU memory: too little for one layer of most models and what a call needs
 
 
 def command(json: JsonOption = False) -> None:
-    """Show versions, devices and the backend each would use, and run a short self-test on every device.
+    """Show versions, compiled kernels, devices and the backend each would use, and run a short self-test on every device.
 
     Exit code 0: the self-test is right everywhere. 1: it is not.
     """
     devices = [_device(device) for device in _devices()]
     versions = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
     versions["torch"] = _torch_version()
-    hints = _hints(versions, [entry["device"] for entry in devices])
+    kernels = _kernels()
+    hints = _hints(versions, [entry["device"] for entry in devices]) + _kernel_hints(kernels, devices) + _memory_hints(devices)
     right = all(not entry["faults"] for entry in devices)
     if json:
         emit_json(
             {"status": "right" if right else "wrong", "platform": platform.platform(), "executable": sys.executable}
-            | {"versions": versions, "devices": devices, "kernel_cache": None, "hints": hints}
+            | {"versions": versions, "devices": devices, "kernels": kernels, "hints": hints}
         )
     else:
-        _print(versions, devices, hints)
+        _print(versions, kernels, devices, hints)
     raise typer.Exit(0 if right else 1)
 
 
@@ -87,6 +91,7 @@ def _device(device: torch.device) -> dict[str, Any]:
     """One device: its description, the backend of each kind of call with the reasons, and what the self-test found."""
     import torch
 
+    from glu4.backends.hopper.launch import is_hopper
     from glu4.dispatch import explain
     from glu4.problem import GroupedProblem, Problem
 
@@ -104,10 +109,33 @@ def _device(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         major_minor = f"sm_{properties.major}{properties.minor}"
-        description = f"{properties.name}, {major_minor}, {properties.total_memory / 2**30:.0f} GiB"
+        free = torch.cuda.mem_get_info(device)[0] / 2**30
+        description = f"{properties.name}, {major_minor}, {free:.1f} GiB free of {properties.total_memory / 2**30:.1f}"
     else:
+        free = None
         description = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return {"device": str(device), "description": description, "backends": backends, "faults": _faults(device)}
+    entry = {"device": str(device), "description": description, "free_gib": free, "hopper": is_hopper(device)}
+    return {**entry, "backends": backends, "faults": _faults(device)}
+
+
+def _kernels() -> dict[str, Any]:
+    """The compiled kernels that there are and are not, and what could be done about it."""
+    from glu4.backends.hopper.spec import shipped
+    from glu4.compiled import store
+
+    found, cache = store.inventory(shipped()), store.cache_directory()
+    return {
+        "shipped": len(shipped()),
+        "packaged": len(found.packaged),
+        "cached": len(found.cached),
+        "missing": found.missing,
+        "damaged": [str(p) for p in found.damaged],
+        "outdated": [str(p) for p in found.outdated],
+        "cache_directory": None if cache is None else str(cache),
+        "cache_problem": "the cache is off" if cache is None else store.unwritable(cache),
+        "compiler": store.installed_dsl(),
+        "tested_compiler": store.DSL_VERSION,
+    }
 
 
 def _hints(versions: dict[str, str | None], devices: list[str]) -> list[str]:
@@ -133,6 +161,35 @@ def _hints(versions: dict[str, str | None], devices: list[str]) -> list[str]:
     return hints
 
 
+def _kernel_hints(kernels: dict[str, Any], devices: list[dict[str, Any]]) -> list[str]:
+    """What is to be done about kernels, one sentence each."""
+    from glu4.compiled.store import HOW_TO_INSTALL
+
+    hints = []
+    if kernels["missing"] and any(entry["hopper"] for entry in devices):
+        what = f"{len(kernels['missing'])} of {kernels['shipped']} Hopper kernels are not compiled"
+        place = kernels["cache_problem"]
+        steps = [f"set GLU4_CACHE_DIR to a directory that can be written ({place})"] if place else []
+        if kernels["compiler"] != kernels["tested_compiler"]:
+            steps.append(HOW_TO_INSTALL)
+        hints.append(f"{what}: {', then '.join([*steps, 'glu4 compile'])}; or install a wheel of glu4 that carries them")
+    if kernels["damaged"]:
+        hints.append(f"damaged kernel files are not loaded, and glu4 compile replaces them: {', '.join(kernels['damaged'])}")
+    if kernels["outdated"]:
+        first, rest = kernels["outdated"][0], len(kernels["outdated"]) - 1
+        more = f" and {rest} more" if rest else ""
+        hints.append(f"kernel files of another version of glu4, which may be deleted: {first}{more}")
+    return hints
+
+
+def _memory_hints(devices: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"{entry['device']} has {entry['free_gib']:.1f} GiB of free memory, too little for most models: see nvidia-smi"
+        for entry in devices
+        if entry["free_gib"] is not None and entry["free_gib"] < _SCARCE_GIB
+    ]
+
+
 def _older(torch_version: str) -> bool:
     major, minor = torch_version.split(".")[:2]
     return (int(major), int(minor)) < _TORCH
@@ -142,14 +199,31 @@ def _older(torch_version: str) -> bool:
 
 
 def _faults(device: torch.device) -> list[str]:
-    """What the self-test found wrong on a device; a device that cannot run it at all is a fault too."""
+    """What the self-test found wrong on a device; a backend that cannot run it is a fault too."""
+    import torch
+
+    from glu4.dispatch import explain
+    from glu4.problem import Problem
+
+    faults = []
     try:
-        faults = [] if _decodes(device) else ["decoding e2m1 x e4m3 gives wrong values"]
-        if not _multiplies(device):
-            faults.append("dual_gemm of exact operands differs from the specification")
+        if not _decodes(device):
+            faults.append("decoding e2m1 x e4m3 gives wrong values")
     except (RuntimeError, TypeError, NotImplementedError) as error:
-        faults = [f"the self-test cannot run: {' '.join(str(error).split())[:200]}"]
+        faults.append(f"the self-test cannot run: {_one_line(error)}")
+    # kernels that are missing are no fault, and nothing is compiled here
+    candidates = explain(Problem(*_EXACT, out_dtype=torch.float16), device).candidates
+    for backend in [c.backend for c in candidates if c.can_run]:
+        try:
+            if not _multiplies(device, backend):
+                faults.append(f"dual_gemm by {backend} of exact operands differs from the specification")
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            faults.append(f"dual_gemm by {backend} cannot run: {_one_line(error)}")
     return faults
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _decodes(device: torch.device) -> bool:
@@ -179,24 +253,25 @@ def _e4m3(byte: int) -> float:
     return (1 + mantissa / 8) * 2.0 ** (exponent - 7) if exponent else mantissa / 8 * 2.0**-6
 
 
-def _multiplies(device: torch.device) -> bool:
-    """Whether the backend chosen for the device gives a result that has one right bit pattern."""
+def _multiplies(device: torch.device, backend: str) -> bool:
+    """Whether a backend gives a result that has one right bit pattern."""
     import torch
 
     import glu4
     from glu4 import reference
     from glu4.verify.contest import DualShape, exact_dual
 
-    data = exact_dual(DualShape(64, 128, 256), seed=0)
+    data = exact_dual(DualShape(*_EXACT), seed=0)
     expected = reference.dual_gemm(data.a, data.b1, data.b2)[0]
     a, gate, up = (operand[0].to(device) for operand in (data.a, data.b1, data.b2))
-    return torch.equal(glu4.dual_gemm(a, glu4.GatedWeights(gate, up), out_dtype=torch.float16).cpu(), expected)
+    got = glu4.dual_gemm(a, glu4.GatedWeights(gate, up), out_dtype=torch.float16, backend=backend)
+    return torch.equal(got.cpu(), expected)
 
 
 # ---- printing ----
 
 
-def _print(versions: dict[str, str | None], devices: list[dict[str, Any]], hints: list[str]) -> None:
+def _print(versions: dict[str, str | None], kernels: dict[str, Any], devices: list[dict[str, Any]], hints: list[str]) -> None:
     table = Table(title="versions", title_justify="left", box=SIMPLE, pad_edge=False, show_header=False)
     for name, found in versions.items():
         table.add_row(name, found or "not installed")
@@ -212,6 +287,23 @@ def _print(versions: dict[str, str | None], devices: list[dict[str, Any]], hints
                 console.print(f"  [bold red]WRONG[/]: {escape(fault)}")
         else:
             console.print("  self-test: right (all 16 codes x 127 scales, and an exact dual_gemm)")
-    console.print("kernel cache: none; the portable backend compiles nothing")
+    _print_kernels(kernels)
     for hint in hints:
-        console.print(f"hint: {escape(hint)}")
+        console.print(f"hint: {escape(hint)}", soft_wrap=True)
+
+
+def _print_kernels(kernels: dict[str, Any]) -> None:
+    missing, damaged = len(kernels["missing"]), len(kernels["damaged"])
+    counts = f"{kernels['packaged']} in the package, {kernels['cached']} in the cache, {missing} missing, {damaged} damaged"
+    console.print(f"Hopper kernels: {kernels['shipped']} shipped; {counts}", highlight=False)
+    if 0 < missing < kernels["shipped"]:
+        shown = kernels["missing"][:_NAMES_SHOWN]
+        rest = f" and {missing - len(shown)} more (glu4 compile --list)" if missing > len(shown) else ""
+        console.print(f"  missing: {', '.join(shown)}{rest}", highlight=False)
+    directory, problem = kernels["cache_directory"], kernels["cache_problem"]
+    place = "off" if directory is None else f"{directory} ({problem or 'can be written'})"
+    console.print(f"kernel cache: {escape(place)}", highlight=False, soft_wrap=True)
+    found, tested = kernels["compiler"], kernels["tested_compiler"]
+    tool = "not installed; only compiling needs it" if found is None else found
+    suffix = "" if found in (None, tested) else f", which is not the tested {tested}: it compiles nothing"
+    console.print(f"CuTe DSL: {tool}{suffix}", highlight=False)

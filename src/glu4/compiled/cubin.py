@@ -15,7 +15,7 @@ _SIZED = 4
 
 
 def _sections(cubin: bytes) -> dict[str, bytes]:
-    if cubin[:4] != b"\x7fELF" or cubin[4] != 2:
+    if cubin[:4] != b"\x7fELF" or cubin[4:5] != b"\2":
         raise ValueError("cubin: not a 64-bit ELF file")
     (table,) = struct.unpack_from("<Q", cubin, 40)
     size, count, names_at = struct.unpack_from("<HHH", cubin, 58)
@@ -23,7 +23,7 @@ def _sections(cubin: bytes) -> dict[str, bytes]:
     names = cubin[headers[names_at][4] :]
 
     def name(offset: int) -> str:
-        return names[offset : names.index(b"\0", offset)].decode()
+        return names[offset:].split(b"\0", 1)[0].decode(errors="replace")
 
     return {name(h[0]): cubin[h[4] : h[4] + h[5]] for h in headers}
 
@@ -33,9 +33,20 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
     Raises ValueError for what is not a cubin of one kernel.
     """
-    info = _sections(cubin).get(".nv.info")
-    if info is None:
-        raise ValueError("cubin: it has no .nv.info section")
+    try:
+        info = _sections(cubin).get(".nv.info")
+        if info is None:
+            raise ValueError("cubin: it has no .nv.info section")
+        found = _values(info)
+    except (struct.error, IndexError, OverflowError) as error:
+        raise ValueError(f"cubin: damaged or cut short ({error})") from error
+    if len(found.get(_REGISTER_COUNT, ())) != 1:
+        raise ValueError(f"cubin: expected one kernel, found {len(found.get(_REGISTER_COUNT, ()))}")
+    return found[_REGISTER_COUNT][0], max(found.get(_FRAME_SIZE, [0]))
+
+
+def _values(info: bytes) -> dict[int, list[int]]:
+    """The 32-bit values of the two attributes, in order."""
     found: dict[int, list[int]] = {}
     at = 0
     while at + 4 <= len(info):
@@ -45,6 +56,4 @@ def resources(cubin: bytes) -> tuple[int, int]:
             if attribute in (_FRAME_SIZE, _REGISTER_COUNT):
                 found.setdefault(attribute, []).append(struct.unpack_from("<II", info, at)[1])
             at += size
-    if len(found.get(_REGISTER_COUNT, ())) != 1:
-        raise ValueError(f"cubin: expected one kernel, found records {found}")
-    return found[_REGISTER_COUNT][0], max(found.get(_FRAME_SIZE, [0]))
+    return found

@@ -1,0 +1,189 @@
+"""`glu4 compile`: where it writes, what it refuses, what it lists; and a wheel that carries kernels."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from compiled.test_cubin import FRAME_SIZE, REGISTERS, of_info, sized
+from glu4.backends.hopper.config import SHIPPED, Config
+from glu4.backends.hopper.spec import shipped
+from glu4.cli import app, output
+from glu4.compiled import store
+from gpu.proofs import sum_order
+
+RUNNER = CliRunner()
+ROOT = Path(__file__).parents[2]
+CUBIN = of_info(sized(REGISTERS, 168), sized(FRAME_SIZE, 0))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GLU4_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(output.console, "width", 300)
+    monkeypatch.setattr(store, "packaged_directory", lambda: tmp_path / "package")
+    return tmp_path / "cache"
+
+
+def fill(directory: Path, count: int | None = None) -> None:
+    for spec in shipped()[:count]:
+        store.write(directory, spec, CUBIN, {"threads": spec.config.threads, "shared_bytes": spec.config.shared_bytes})
+
+
+@pytest.mark.parametrize("arguments", [["--arch", "sm_100a"], ["--arch", "sm_90"], ["--arch", ""]])
+def test_other_architectures_are_refused_by_name(arguments: list[str]) -> None:
+    result = RUNNER.invoke(app, ["compile", *arguments])
+    assert isinstance(result.exception, ValueError)
+    assert str(result.exception) == f"--arch: kernels exist for sm_90a, got {arguments[1]!r}"
+
+
+def test_two_places_are_refused() -> None:
+    result = RUNNER.invoke(app, ["compile", "--into-package", "--output", "x"])
+    assert str(result.exception) == "--into-package and --output name two places; give one"
+
+
+def test_nothing_to_do(own_cache: Path) -> None:
+    fill(own_cache)
+    result = RUNNER.invoke(app, ["compile", "--arch", "sm_90a"])
+    assert result.exit_code == 0
+    assert f"0 of {len(shipped())} kernels compiled, the others were there: {own_cache}" in result.stdout
+    document = json.loads(RUNNER.invoke(app, ["compile", "--json"]).stdout)
+    assert document == {"arch": "sm_90a", "kernels": len(shipped()), "compiled": 0, "directory": str(own_cache)}
+
+
+def test_into_package_copies_what_is_compiled_and_says_how_a_wheel_is_made(own_cache: Path) -> None:
+    fill(own_cache)
+    result = RUNNER.invoke(app, ["compile", "--into-package"])
+    assert result.exit_code == 0, result.output
+    assert "a wheel that is built now carries them: pip wheel . --no-deps" in result.stdout
+    assert store.inventory(shipped()).packaged == [s.name for s in shipped()]
+
+
+def test_without_cute_dsl_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "installed_dsl", lambda: None)
+    result = RUNNER.invoke(app, ["compile"])
+    assert "compiling kernels needs CuTe DSL: pip install nvidia-cutlass-dsl==" in str(result.exception)
+
+
+def test_the_options_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    given: list[object] = []
+
+    def compile_missing(specs, directory, on_done, jobs, on_wait):  # type: ignore[no-untyped-def]
+        given.extend([len(specs), directory, jobs])
+        on_done("a kernel")
+        on_wait()
+        return 1
+
+    monkeypatch.setattr(store, "compile_missing", compile_missing)
+    assert RUNNER.invoke(app, ["compile", "--output", str(tmp_path / "here"), "--jobs", "3"]).exit_code == 0
+    assert given == [len(shipped()), tmp_path / "here", 3]
+    assert RUNNER.invoke(app, ["compile", "--jobs", "0"]).exit_code == 2
+
+
+def test_the_list_has_every_kernels_resources(own_cache: Path) -> None:
+    fill(own_cache, 3)
+    result = RUNNER.invoke(app, ["compile", "--list"])
+    assert result.exit_code == 0, result.output
+    first = next(line for line in result.stdout.splitlines() if shipped()[0].name in line).split()
+    config = shipped()[0].config
+    expected = [shipped()[0].name, "cached", str(config.threads), "168", str(config.shared_bytes), "0", str(len(CUBIN))]
+    assert first == expected
+    assert f"3 of {len(shipped())} kernels are there; glu4 compile makes the others" in result.stdout
+    rows = json.loads(RUNNER.invoke(app, ["compile", "--list", "--json"]).stdout)["kernels"]
+    assert [row["place"] for row in rows] == ["cached"] * 3 + ["missing"] * (len(shipped()) - 3)
+    assert rows[0]["registers"] == 168
+    assert "registers" not in rows[3]
+
+
+def test_the_list_of_a_directory(tmp_path: Path) -> None:
+    fill(tmp_path / "here", 2)
+    rows = json.loads(RUNNER.invoke(app, ["compile", "--list", "--json", "--output", str(tmp_path / "here")]).stdout)["kernels"]
+    assert [row["place"] for row in rows][:3] == ["there", "there", "missing"]
+
+
+FOUND = """
+import glu4, sys
+from glu4.backends.hopper.spec import shipped
+from glu4.compiled import store
+assert glu4.__file__.startswith(sys.argv[1]), glu4.__file__
+found = store.inventory(shipped())
+print(len(found.packaged), len(found.missing), len(found.damaged))
+"""
+
+
+@pytest.mark.slow
+def test_a_wheel_carries_the_kernels_of_the_package(tmp_path: Path) -> None:
+    if int(version("setuptools").split(".")[0]) < 77:
+        pytest.skip("building without isolation needs setuptools 77 or later here")
+    tree, wheels, site = tmp_path / "tree", tmp_path / "wheels", tmp_path / "site"
+    tree.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "kernels")
+    shutil.copytree(ROOT / "src", tree / "src", ignore=ignored)
+    packaged = tree / "src" / "glu4" / "kernels"
+    fill(packaged)
+    (packaged / ".lock").touch()
+    (packaged / "tmpx.part").touch()
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", ".", "--no-deps", "--no-build-isolation", "-w", str(wheels), "-q"], cwd=tree, check=True)
+    (wheel,) = wheels.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "-q", "--target", str(site), str(wheel)], check=True)
+    assert sorted(p.suffix for p in (site / "glu4" / "kernels").iterdir()) == [".kernel"] * len(shipped())
+    environment = {**os.environ, "PYTHONPATH": str(site), "GLU4_CACHE_DIR": "off"}
+    command = [sys.executable, "-c", FOUND, str(site)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(len(shipped())), "0", "0"]
+
+
+# ---- what is recorded ----
+
+RECORDED = ROOT / "benchmarks" / "results" / "kernels-sm_90a.json"
+HOW = f"record again: glu4 compile && glu4 compile --list --json > {RECORDED.relative_to(ROOT)}"
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """The recorded kernels of one configuration."""
+    return [row for row in json.loads(RECORDED.read_text())["kernels"] if row["name"].endswith(f"_{name}")]
+
+
+def order_of_sums(c: Config) -> str:
+    """The parts of a configuration's name that decide the order of its additions."""
+    parts = c.k_groups * c.splits
+    return f"g{c.k_groups}" + (f"u{c.stage_units}" if parts > 1 else "") + (f"s{c.splits}" if c.splits > 1 else "")
+
+
+def test_the_recorded_resources_are_those_of_the_shipped_set() -> None:
+    recorded = {row["name"]: row for row in json.loads(RECORDED.read_text())["kernels"]}
+    assert recorded.keys() == {s.name for s in shipped()}, HOW
+    for spec in shipped():
+        c, row = spec.config, recorded[spec.name]
+        found = [row["threads"], row["registers"], row["shared_bytes"], row["stack_bytes"]]
+        assert found == [c.threads, c.launch_registers, c.shared_bytes, 0], f"{spec.name}: {HOW}"
+
+
+def test_the_table_in_the_documentation_is_the_recorded_one() -> None:
+    lines = []
+    for c in SHIPPED:
+        sizes = [row["cubin_bytes"] // 1000 for row in rows_of(c.name)]
+        first = rows_of(c.name)[0]
+        cells = (c.name, first["threads"], first["registers"], first["shared_bytes"], first["stack_bytes"])
+        lines.append(f"| {' | '.join(map(str, cells))} | {min(sizes)} to {max(sizes)} | {order_of_sums(c)} |")
+    table = "\n".join(lines)
+    assert table in (ROOT / "docs" / "kernels.md").read_text(), f"docs/kernels.md should hold\n{table}"
+
+
+def test_the_order_of_sums_in_the_documentation_is_the_one_that_is_tested() -> None:
+    for a, b in itertools.product(SHIPPED, SHIPPED):
+        assert (order_of_sums(a) == order_of_sums(b)) == (sum_order(a) == sum_order(b)), f"{a.name}, {b.name}"

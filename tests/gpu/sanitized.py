@@ -1,0 +1,75 @@
+"""Every shipped kernel once, on a small problem, for compute-sanitizer to watch: python -m gpu.sanitized [--planted]
+
+Operands are made and packed on the CPU, so that the kernels are the only ones that run. Each problem has two ragged tiles of
+tokens and of weight rows and more of K than all stages hold, so that every barrier is used again. Results are compared bit for
+bit. `--planted` gives one kernel an output that is one row too short.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+import torch
+from torch import Tensor
+
+from glu4.backends.hopper import launch
+from glu4.backends.hopper.config import SHIPPED, TILE_K, Config
+from glu4.backends.hopper.pack import pack_gated, pack_matrix
+from glu4.problem import dense_problem
+from glu4.verify.case import Case
+from glu4.verify.cases import exact_sum_case
+
+TYPES = (("float16", torch.float16), ("bfloat16", torch.bfloat16))
+
+
+def problem(config: Config, linear: bool, x_format: str, out_dtype: torch.dtype) -> Case:
+    """Two ragged tiles either way, and two stages more of K than there are, the last one in part."""
+    n = config.rows * (64 if linear else 32) + 8
+    k = TILE_K * config.stage_units * (config.stages + 1) * config.splits + 16
+    return exact_sum_case(config.tokens, config.tokens + 3, n, k, x_format=x_format, out_dtype=out_dtype, linear=linear)
+
+
+def run(case: Case, config: Config, out: Tensor) -> Tensor:
+    """The case with one kernel into `out`, which is on the GPU; back on the CPU."""
+    packed = pack_matrix(case.gate) if case.up is None else pack_gated(case.gate, case.up)
+    spare = torch.empty(packed.numel() + 576, dtype=torch.int32, device="cuda")  # a last stage may read one unit more
+    spare.copy_(torch.cat((packed.flatten(), torch.zeros(576, dtype=torch.int32))))
+    here = case.to("cuda")
+    second = here.gate if here.up is None else here.up
+    form = {"dual": here.up is not None, "activation": case.activation, "out_dtype": case.out_dtype, "has_bias": False}
+    scales = (here.gate.global_scale, second.global_scale)
+    weights = spare[: packed.numel()].view(packed.shape)
+    launch.dense(out, here.x, weights, scales, (None, None), case.activation, dense_problem(here.x, here.gate, **form), config)
+    torch.cuda.synchronize()
+    return out.cpu()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--planted", action="store_true")
+    args = parser.parse_args()
+    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
+        sys.exit("set PYTORCH_NO_CUDA_MEMORY_CACHING=1: inside torch's own pools nothing is out of bounds")
+    wrong = 0
+    for config in SHIPPED:
+        for linear in (False, True):
+            for x_format, dtype in TYPES:
+                case = problem(config, linear, x_format, dtype)
+                m, n = case.out_shape
+                out = torch.full((m - args.planted, n), float("nan"), dtype=dtype).to("cuda")
+                got = run(case, config, out)
+                if args.planted:
+                    return
+                right = torch.equal(got, case.expected())
+                wrong += not right
+                print(
+                    f"{config.name} {'linear' if linear else 'dual_gemm'} {x_format}: {'right' if right else 'WRONG'}",
+                    flush=True,
+                )
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
