@@ -10,8 +10,8 @@ import sys
 
 import typer
 
+from glu4.cli import bench, demo, doctor, evaluate, inspect, roofline, tune, verify
 from glu4.cli import compile as compile_command
-from glu4.cli import demo, doctor, evaluate, inspect, roofline, verify
 from glu4.cli.output import error_line
 
 __all__ = ["app", "main"]
@@ -30,6 +30,8 @@ app.command("verify")(verify.command)
 app.command("roofline")(roofline.command)
 app.command("eval")(evaluate.command)
 app.command("compile")(compile_command.command)
+app.command("bench")(bench.command)
+app.command("tune")(tune.command)
 
 
 def main() -> None:
