@@ -1,11 +1,28 @@
-"""What explain says."""
+"""What explain says, which backend is chosen, and what happens on a Hopper GPU whose kernels are not compiled."""
 
 from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 
-from glu4 import GroupedProblem, Problem, UnsupportedError, dispatch, dual_gemm, explain
+from fake_hopper import FakeCuda, description, fake_hopper
+from glu4 import (
+    GatedWeights,
+    GroupedProblem,
+    LinearWeight,
+    Problem,
+    UnsupportedError,
+    dual_gemm,
+    explain,
+    linear,
+    quantize,
+)
+from glu4.backends.hopper.spec import KernelSpec, shipped
+from glu4.compiled import store
 from operands import full_range
 
 
@@ -23,15 +40,109 @@ def test_insisting_on_a_backend_that_cannot_run() -> None:
         dual_gemm(torch.zeros(1, 16).half(), (gate, gate), backend="hopper")
 
 
-def test_a_hopper_gpu_without_compiled_kernels_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch.hopper, "is_hopper", lambda device: True)
-    monkeypatch.setattr(dispatch.hopper, "available", lambda problem: False)
-    assert "hopper: no, its kernels are not compiled here; run glu4 compile" in str(explain(Problem(1, 8, 16), "cuda"))
-    monkeypatch.setattr(dispatch.hopper, "available", lambda problem: True)
-    assert explain(Problem(1, 8, 16), "cuda").chosen == "hopper"
-    refused = explain(Problem(1, 8, 16, x_format="float32"), "cuda")
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+    """A Hopper device with no kernel compiled, and no CuTe DSL."""
+    with fake_hopper(monkeypatch, compiled=False) as fake:
+        monkeypatch.setattr(store, "installed_dsl", lambda: None)
+        yield fake
+
+
+def test_explain_on_a_hopper_gpu(bare: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(1, 8, 16)
+    assert "hopper: no, its kernels are not compiled here; run glu4 compile" in str(explain(problem, "cpu"))
+    refused = explain(Problem(1, 8, 16, x_format="float32"), "cpu")
     assert refused.chosen == "portable"
     assert "wgmma would round them to TF32" in str(refused)
+    monkeypatch.setattr(store, "installed_dsl", lambda: store.DSL_VERSION)
+    assert "hopper: no, its kernels are not compiled yet; the first call compiles them" in str(explain(problem, "cpu"))
+    monkeypatch.setattr(store, "installed_dsl", lambda: "1.0")
+    assert "not compiled here; run glu4 compile" in str(explain(problem, "cpu"))
+    with fake_hopper(monkeypatch):
+        assert explain(problem, "cpu").chosen == "hopper"
+        assert "hopper: no, grouped problems have no Hopper kernel yet" in str(explain(GroupedProblem(1, 2, 8, 16), "cpu"))
+
+
+def test_without_kernels_a_hopper_gpu_says_once_what_to_do(bare: FakeCuda) -> None:
+    """A slow fallback on such a GPU would be taken for the kernel's speed."""
+    w, x = GatedWeights(full_range(1, 8, 16), full_range(2, 8, 16)), torch.ones(1, 16).half()
+    with pytest.warns(UserWarning, match="the portable backend runs on it, many times slower: .* run glu4 compile"):
+        prepared = w.prepare("cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert prepared.packed is None
+        want = dual_gemm(x, prepared)
+        assert torch.equal(dual_gemm(x, (w.gate, w.up)), want)
+        assert torch.equal(dual_gemm(x, w, backend="portable"), want)
+    for weights in (prepared, (w.gate, w.up)):
+        with pytest.raises(UnsupportedError, match="backend hopper: its kernels are not compiled here; run glu4 compile"):
+            dual_gemm(x, weights, backend="hopper")
+    assert not bare.launches
+
+
+def test_kernels_are_compiled_at_first_use_where_that_is_possible(
+    bare: FakeCuda, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[str] = []
+
+    def compile_missing(specs: Sequence[KernelSpec], on_done: Callable[[str], None]) -> int:
+        for spec in specs:
+            on_done(spec.name)
+        made.extend(spec.name for spec in specs)
+        monkeypatch.setattr(
+            store, "find", lambda s: (json.dumps(s.to_dict()).encode(), description(s)) if s.name in made else None
+        )
+        return len(specs)
+
+    monkeypatch.setattr(store, "installed_dsl", lambda: store.DSL_VERSION)
+    monkeypatch.setattr(store, "compile_missing", compile_missing)
+    w = GatedWeights(full_range(1, 8, 16), full_range(2, 8, 16)).prepare("cpu")
+    assert w.packed is not None
+    dual = [s.name for s in shipped() if s.dual]
+    assert made == dual
+    assert (
+        f"glu4: compiling {len(dual)} dual_gemm kernels, once (glu4 compile does it beforehand): {len(dual)}"
+        in capsys.readouterr().err
+    )
+    dual_gemm(torch.ones(1, 16).half(), w, backend="hopper")
+    linear(torch.ones(1, 16).half(), LinearWeight(w.gate))
+    assert len(made) == len(shipped())
+    dual_gemm(quantize(torch.ones(1, 16)), w)
+    assert len(made) == len(shipped())
+    assert len(bare.launches) == 3
+
+
+def test_compiling_that_fails_is_tried_once_and_told(bare: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[int] = []
+
+    def fail(specs: object, on_done: object) -> int:
+        tries.append(1)
+        raise UnsupportedError("GLU4_CACHE_DIR is off, so there is nowhere to put a compiled kernel")
+
+    monkeypatch.setattr(store, "installed_dsl", lambda: store.DSL_VERSION)
+    monkeypatch.setattr(store, "compile_missing", fail)
+    w, x = GatedWeights(full_range(1, 8, 16), full_range(2, 8, 16)), torch.ones(1, 16).half()
+    with pytest.warns(UserWarning, match="many times slower: its kernels are not compiled here, and cannot be: GLU4_CACHE_DIR"):
+        dual_gemm(x, w)
+    with pytest.raises(UnsupportedError, match="cannot be: GLU4_CACHE_DIR is off"):
+        dual_gemm(x, w, backend="hopper")
+    assert tries == [1]
+
+
+def test_kernels_of_some_types_only(bare: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there is used; the rest says that it is missing."""
+    monkeypatch.setattr(
+        store, "find", lambda s: (json.dumps(s.to_dict()).encode(), description(s)) if (s.x, s.out) == ("f16", "f16") else None
+    )
+    w = GatedWeights(full_range(1, 8, 16), full_range(2, 8, 16)).prepare("cpu")
+    assert w.packed is not None
+    dual_gemm(torch.ones(1, 16).half(), w)
+    assert len(bare.launches) == 1
+    with pytest.warns(UserWarning, match="run glu4 compile"):
+        dual_gemm(torch.ones(1, 16).bfloat16(), w)
+    with pytest.raises(UnsupportedError, match="run glu4 compile"):
+        dual_gemm(torch.ones(1, 16).bfloat16(), w, backend="hopper")
+    assert len(bare.launches) == 1
 
 
 def test_other_devices_fall_back() -> None:

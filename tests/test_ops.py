@@ -59,7 +59,7 @@ def test_opcheck(quantized: bool) -> None:
     bias = torch.randn(24)
     calls = [
         (torch.ops.glu4.dual_gemm, (out, xs, parts(w.gate), parts(w.up), None, bias, None, *SILU_ARGS)),
-        (torch.ops.glu4.linear, (out, xs, parts(w.gate), bias, "portable")),
+        (torch.ops.glu4.linear, (out, xs, parts(w.gate), None, bias, "portable")),
         (
             torch.ops.glu4.grouped_dual_gemm,
             (out, xs, parts(stacked.gate), parts(stacked.up), OFFSETS, None, None, *SILU_ARGS),

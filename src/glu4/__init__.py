@@ -9,7 +9,7 @@ from glu4.errors import CheckpointError, UnsupportedError
 from glu4.nvfp4 import NVFP4Tensor, quantize
 from glu4.ops import dual_gemm, grouped_dual_gemm, linear
 from glu4.problem import GroupedProblem, Problem
-from glu4.weights import GatedWeights
+from glu4.weights import GatedWeights, LinearWeight
 
 try:
     __version__ = version("glu4")
@@ -23,6 +23,7 @@ __all__ = [
     "CheckpointError",
     "GatedWeights",
     "GroupedProblem",
+    "LinearWeight",
     "NVFP4Tensor",
     "Problem",
     "UnsupportedError",

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from glu4.backends.hopper import launch as hopper
 from glu4.backends.hopper.config import SHIPPED, legal
+from glu4.backends.hopper.spec import shipped
+from glu4.compiled import store
 from glu4.errors import UnsupportedError
 from glu4.problem import GroupedProblem, Problem
 
-__all__ = ["BACKENDS", "Candidate", "Explanation", "explain", "select"]
+__all__ = ["BACKENDS", "Candidate", "Explanation", "explain", "packs", "select", "warn_once"]
 
 BACKENDS = ("hopper", "portable")
 
@@ -50,16 +55,67 @@ def _describe(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)}, sm_{major}{minor})"
 
 
+_SLOW = "this is a Hopper GPU, but the portable backend runs on it, many times slower: "
+_NOT_COMPILED = "its kernels are not compiled here; run glu4 compile"
+
+
 def _hopper_refusal(problem: Problem | GroupedProblem, device: torch.device) -> str | None:
-    """Why the Hopper kernels cannot run `problem` on `device`; None when they can, given packed weights."""
+    """Why the Hopper kernels cannot run `problem` on `device`, compiled or not; None when they can."""
     if not hopper.is_hopper(device):
         return "needs a GPU of compute capability 9.0"
-    reasons = [legal(config, problem) for config in SHIPPED]
-    if all(reasons):
-        return reasons[0]
-    if isinstance(problem, Problem) and not hopper.available(problem):
-        return "its kernels are not compiled here; run glu4 compile"
+    first = None
+    for config in SHIPPED:
+        reason = legal(config, problem)
+        if reason is None:
+            return None
+        first = first or reason
+    return first
+
+
+def _can_compile() -> bool:
+    """Whether the release of CuTe DSL that kernels are compiled with is installed; it is not imported."""
+    return store.installed_dsl() == store.DSL_VERSION
+
+
+@cache
+def _provide(dual: bool, x: str | torch.dtype, out: torch.dtype) -> str | None:
+    """Why there is no kernel for an operation and its types; None when there is one.
+
+    Without one, compiles all of the operation's if CuTe DSL is installed: once a process, whether that works or not.
+    """
+    if hopper.available(dual, x, out):
+        return None
+    return _compile(dual) or (None if hopper.available(dual, x, out) else _NOT_COMPILED)
+
+
+@cache
+def _compile(dual: bool) -> str | None:
+    """Compile an operation's kernels with a line of progress on stderr; why that was not possible, or None."""
+    if not _can_compile():
+        return _NOT_COMPILED
+    specs = [spec for spec in shipped() if spec.dual == dual]
+    what = f"glu4: compiling {len(specs)} {'dual_gemm' if dual else 'linear'} kernels, once (glu4 compile does it beforehand)"
+    done: list[str] = []
+
+    def report(name: str) -> None:
+        done.append(name)
+        print(f"\r{what}: {len(done)}", end="", file=sys.stderr, flush=True)
+
+    print(what, end="", file=sys.stderr, flush=True)
+    try:
+        store.compile_missing(specs, on_done=report)
+    except UnsupportedError as error:
+        return f"its kernels are not compiled here, and cannot be: {error}"
+    finally:
+        print(file=sys.stderr)
+        hopper.forget()
     return None
+
+
+@cache
+def warn_once(message: str) -> None:
+    """A UserWarning, the first time in this process."""
+    warnings.warn(f"glu4: {message}", stacklevel=3)
 
 
 def _portable_reason(problem: Problem | GroupedProblem, device: torch.device) -> str:
@@ -75,40 +131,53 @@ def _portable_reason(problem: Problem | GroupedProblem, device: torch.device) ->
 def explain(problem: Problem | GroupedProblem, device: torch.device | str = "cpu") -> Explanation:
     """The backends that could run `problem` on `device`, which one is chosen, and why not the others.
 
-    The Hopper backend runs weights that `GatedWeights.prepare` has packed; others go to the portable one.
+    The Hopper backend packs weights: once, when `GatedWeights` or `LinearWeight` are prepared or first used, or at every call.
     """
     if not isinstance(problem, (Problem, GroupedProblem)):
         raise TypeError(f"problem: expected a glu4.Problem or glu4.GroupedProblem, got {type(problem).__name__}")
     device = torch.device(device)
     refusal = _hopper_refusal(problem, device)
+    if refusal is None and isinstance(problem, Problem) and not hopper.available(*_kind(problem)):
+        refusal = "its kernels are not compiled yet; the first call compiles them" if _can_compile() else _NOT_COMPILED
     candidates = (
-        Candidate("hopper", refusal is None, refusal or "weights from GatedWeights.prepare, decoded in registers"),
+        Candidate("hopper", refusal is None, refusal or "weights packed by prepare, decoded in registers"),
         Candidate("portable", True, _portable_reason(problem, device)),
     )
     return Explanation(problem, _describe(device), candidates)
 
 
-def packs(device: torch.device) -> bool:
-    """Whether `GatedWeights.prepare` should pack for `device`: a Hopper GPU for which kernels are there."""
+def _kind(problem: Problem) -> tuple[bool, str | torch.dtype, torch.dtype]:
+    """What decides which kernels there have to be: whether there are two matrices, x's format, the output's type."""
+    x = "nvfp4" if problem.x_format == "nvfp4" else getattr(torch, problem.x_format)
+    return problem.operation == "dual_gemm", x, problem.out_dtype
+
+
+def packs(device: torch.device, dual: bool) -> bool:
+    """Whether weights on `device` are to be packed: it is a Hopper GPU, and kernels are there or can be compiled now."""
     if not hopper.is_hopper(device):
         return False
-    return any(hopper.available(Problem(1, 64, 64, x_format="float16", out_dtype=t)) for t in (torch.float16, torch.bfloat16))
+    reasons = [_provide(dual, t, t) for t in (torch.bfloat16, torch.float16)]
+    if all(reasons):
+        warn_once(_SLOW + str(reasons[0]))
+    return not all(reasons)
 
 
-def select(problem: Problem | GroupedProblem, device: torch.device, backend: str | None, packed: bool = False) -> str:
-    """The backend for a call: "hopper" for packed weights where it can run, else "portable".
+def select(problem: Problem | GroupedProblem, device: torch.device, backend: str | None) -> str:
+    """The backend for a call: "hopper" where it can run, else "portable".
 
     Raises ValueError for an unknown `backend`, UnsupportedError when the one insisted on cannot run.
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
-    if backend == "portable" or (backend is None and not packed):
+    if backend == "portable":
         return "portable"
     refusal = _hopper_refusal(problem, device)
-    if refusal is None and not packed:
-        refusal = "its weights are not packed; use GatedWeights.prepare"
-    if refusal is None:
-        return "hopper"
+    if refusal is None and isinstance(problem, Problem):
+        refusal = _provide(*_kind(problem))
+        if refusal is None:
+            return "hopper"
+        if backend is None:
+            warn_once(_SLOW + refusal)
     if backend == "hopper":
         raise UnsupportedError(f"backend hopper: {refusal}")
     return "portable"

@@ -1,11 +1,15 @@
 """The operators: torch.library definitions with fakes, and the Python functions that users call.
 
-A function makes its arguments canonical, has `problem` validate them, asks `dispatch` for a backend, and calls one operator
-that fills an output allocated outside. Operators take plain tensors (an NVFP4Tensor travels as its three parts), so that
-torch.compile and torch.export see through them.
+A function makes its arguments canonical, has `problem` validate them, and runs one operator that fills an output allocated
+outside; the operator asks `dispatch` for a backend. Operators take plain tensors (an NVFP4Tensor travels as its three parts),
+so that torch.compile and torch.export see through them. An eager call of plain tensors runs the operator's own function at once
+(`eager`), and one with prepared weights goes straight to its kernel (`backends.hopper.direct`): same kernel, less host time.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,17 +18,29 @@ from glu4 import dispatch
 from glu4.activation import SILU, Activation
 from glu4.backends import portable
 from glu4.backends.hopper import launch as hopper
+from glu4.backends.hopper.pack import UNIT_WORDS
+from glu4.eager import ordinary, unwatched
 from glu4.nvfp4 import NVFP4Tensor, _unchecked
 from glu4.problem import check_dense, check_grouped, dense_problem, grouped_problem
-from glu4.weights import GatedWeights
+from glu4.weights import GatedWeights, LinearWeight, outline, pack, unpack
 
 __all__ = ["dual_gemm", "grouped_dual_gemm", "linear"]
 
 Operand = Tensor | NVFP4Tensor
 
+_PACKED_EACH_CALL = (
+    "weights are packed again at every call; use GatedWeights(gate, up).prepare(device) instead of (gate, up), "
+    "LinearWeight(weight).prepare(device) instead of weight, and prepare them before torch.compile"
+)
+_UNPACKED_EACH_CALL = (
+    "weights prepared with free_original=True are unpacked at every call that the Hopper kernel cannot run (glu4.explain says "
+    "why); prepare them without free_original"
+)
+
 
 # ---- operators: out first, then operands as lists of parts: [values], or [codes, block scale bytes, global_scale] ----
-# block scales travel as bytes: parts of torch that handle operators generically cannot do arithmetic on float8
+# block scales travel as bytes: parts of torch that handle operators generically cannot do arithmetic on float8. A weight of
+# which only the packed form is kept travels as [global_scale].
 
 
 def _nvfp4(parts: list[Tensor]) -> NVFP4Tensor:
@@ -40,8 +56,57 @@ def _operand(parts: list[Tensor]) -> Operand:
     return parts[0] if len(parts) == 1 else _nvfp4(parts)
 
 
-@torch.library.custom_op("glu4::dual_gemm", mutates_args=("out",))
-def _dual_gemm(
+def _whole(packed: Tensor) -> Tensor:
+    """Packed weights with the spare unit after them, which a clone, or a copy to another device, has lost."""
+    end = packed.storage_offset() + packed.numel() + UNIT_WORDS
+    if packed.is_contiguous() and packed.untyped_storage().nbytes() >= 4 * end:
+        return packed
+    buffer = torch.zeros(packed.numel() + UNIT_WORDS, dtype=packed.dtype, device=packed.device)
+    return buffer[: packed.numel()].view(packed.shape).copy_(packed)
+
+
+def _on_rows(x: Operand) -> Operand:
+    """NVFP4 x `[L, M, K]` as rows `[L * M, K]` with one global scale each."""
+    if not isinstance(x, NVFP4Tensor) or x.ndim == 2:
+        return x
+    flat, g = x.to_linear(), x.global_scale.unsqueeze(-1).expand(x.shape[:-1]).flatten()
+    return _unchecked(flat.codes.flatten(0, -2), flat.block_scale.flatten(0, -2), g)
+
+
+def _dense(
+    out: Tensor,
+    x: Operand,
+    weights: Sequence[list[Tensor]],
+    packed: Tensor | None,
+    biases: tuple[Tensor | None, Tensor | None],
+    activation: Activation,
+    backend: str | None,
+) -> None:
+    """Fill `out` `[M, N]` or `[L, M, N]` by one backend. weights: the parts of gate and up, or of one matrix."""
+    scales = (weights[0][-1], weights[-1][-1])
+    matrices = None if len(weights[0]) == 1 else tuple(_nvfp4(w) for w in weights)
+    first = outline(out.shape[-1], x.shape[-1], scales[0]) if matrices is None else matrices[0]
+    dual, has_bias = len(weights) == 2, biases != (None, None)
+    problem = dense_problem(x, first, dual=dual, activation=activation, out_dtype=out.dtype, has_bias=has_bias)
+    if dispatch.select(problem, out.device, backend) == "hopper":
+        if packed is None:
+            assert matrices is not None
+            ready = pack(matrices)
+            dispatch.warn_once(_PACKED_EACH_CALL)
+        else:
+            ready = _whole(packed)
+        target = out if out.ndim == x.ndim else out.view(*x.shape[:-1], -1)
+        hopper.dense(target, x, ready, scales, biases, activation, problem, overlap=ready is packed)
+        return
+    if matrices is None:
+        assert packed is not None
+        dispatch.warn_once(_UNPACKED_EACH_CALL)
+        matrices = unpack(packed, out.shape[-1], x.shape[-1], scales if dual else scales[:1])
+    rows = _on_rows(x) if first.ndim == 2 else x
+    portable.dense(out, rows, matrices[0], matrices[1] if dual else None, *biases, activation)
+
+
+def _run_dual_gemm(
     out: Tensor,
     x: list[Tensor],
     gate: list[Tensor],
@@ -54,31 +119,17 @@ def _dual_gemm(
     backend: str,
 ) -> None:
     act = Activation(activation, *constants)
-    operand, gate_matrix, up_matrix = _operand(x), _nvfp4(gate), _nvfp4(up)
-    has_bias = gate_bias is not None or up_bias is not None
-    problem = dense_problem(operand, gate_matrix, dual=True, activation=act, out_dtype=out.dtype, has_bias=has_bias)
-    # the Hopper kernel knows one global scale for all of x
-    one_scale = not isinstance(operand, NVFP4Tensor) or operand.global_scale.ndim == 0
-    chosen = dispatch.select(problem, out.device, backend or None, packed=packed is not None and one_scale)
-    if chosen == "hopper" and packed is not None:
-        scales = (gate_matrix.global_scale, up_matrix.global_scale)
-        biases = (None if gate_bias is None else gate_bias.float(), None if up_bias is None else up_bias.float())
-        hopper.dense(out, operand, packed, scales, biases, act, problem)
-    else:
-        portable.dense(out, operand, gate_matrix, up_matrix, gate_bias, up_bias, act)
+    _dense(out, _operand(x), (gate, up), packed, (gate_bias, up_bias), act, backend or None)
 
 
-@torch.library.custom_op("glu4::linear", mutates_args=("out",))
-def _linear(out: Tensor, x: list[Tensor], weight: list[Tensor], bias: Tensor | None, backend: str) -> None:
-    operand, matrix = _operand(x), _nvfp4(weight)
-    has_bias = bias is not None
-    problem = dense_problem(operand, matrix, dual=False, activation=SILU, out_dtype=out.dtype, has_bias=has_bias)
-    dispatch.select(problem, out.device, backend or None)
-    portable.dense(out, operand, matrix, None, bias, None, SILU)
+def _run_linear(
+    out: Tensor, x: list[Tensor], weight: list[Tensor], packed: Tensor | None, bias: Tensor | None, backend: str
+) -> None:
+    # a kernel for one matrix gives each half of its rows a scale and a bias
+    _dense(out, _operand(x), (weight,), packed, (bias, bias), SILU, backend or None)
 
 
-@torch.library.custom_op("glu4::grouped_dual_gemm", mutates_args=("out",))
-def _grouped_dual_gemm(
+def _run_grouped_dual_gemm(
     out: Tensor,
     x: list[Tensor],
     gate: list[Tensor],
@@ -102,25 +153,56 @@ def _fills_out(*_: object) -> None:
     """The fake of every operator here: it writes `out`, whose metadata the caller already knows."""
 
 
-_dual_gemm.register_fake(_fills_out)
-_linear.register_fake(_fills_out)
-_grouped_dual_gemm.register_fake(_fills_out)
+_dual_gemm = torch.library.custom_op("glu4::dual_gemm", _run_dual_gemm, mutates_args=("out",))
+_linear = torch.library.custom_op("glu4::linear", _run_linear, mutates_args=("out",))
+_grouped_dual_gemm = torch.library.custom_op("glu4::grouped_dual_gemm", _run_grouped_dual_gemm, mutates_args=("out",))
+
+for _operator in (_dual_gemm, _linear, _grouped_dual_gemm):
+    _operator.register_fake(_fills_out)
+
+
+def _call(operator: Callable[..., None], function: Callable[..., None], out: Tensor, *args: Any) -> None:
+    """Run an operator's function at once where that can make no difference, else the operator."""
+    lists = (a if isinstance(a, list) else (a,) for a in (out, *args))
+    if ordinary([t for parts in lists for t in parts if isinstance(t, Tensor)]):
+        torch.autograd.graph.increment_version(out)
+        function(out, *args)
+    else:
+        operator(out, *args)
 
 
 # ---- canonical arguments ----
 
 
 def _rows_of(x: Operand, batched: bool) -> list[Tensor]:
-    """x as the operators take it: `[L, M, K]` with batched weights, else all leading dimensions flattened to rows."""
+    """x as the operators take it: `[L, M, K]` with batched weights, or in NVFP4 with one global scale each; else `[M, K]`."""
     if not isinstance(x, NVFP4Tensor):
         return [x if batched or x.ndim == 2 else x.reshape(-1, x.shape[-1])]
     if batched or x.ndim == 2:
         return _parts(x)
+    if x.global_scale.ndim:
+        lead = x.ndim - 3
+        codes, scale = x.codes.flatten(0, lead), x.block_scale.view(torch.uint8).flatten(0, lead)
+        return [codes, scale, x.global_scale.flatten()]
     flat = x.to_linear()
-    g = flat.global_scale
-    if g.ndim:  # one global scale a matrix becomes one a row
-        g = g.unsqueeze(-1).expand(x.shape[:-1]).reshape(-1)
-    return [flat.codes.flatten(0, -2), flat.block_scale.view(torch.uint8).flatten(0, -2), g]
+    return [flat.codes.flatten(0, -2), flat.block_scale.view(torch.uint8).flatten(0, -2), flat.global_scale]
+
+
+def _held(weights: GatedWeights | LinearWeight) -> list[list[Tensor]]:
+    """The parts of each matrix as the operators take them."""
+    if weights.matrices is None:
+        return [[scale] for scale in weights.scales]
+    return [_parts(m) for m in weights.matrices]
+
+
+def _prepared(weights: GatedWeights | LinearWeight, x: Operand, dtype: torch.dtype, backend: str | None) -> None:
+    """Pack weights that reach a Hopper kernel for the first time and were not prepared, and remember that."""
+    if weights.packed is not None or backend == "portable" or not (unwatched() and hopper.is_hopper(x.device)):
+        return
+    dual = isinstance(weights, GatedWeights)
+    problem = dense_problem(x, weights.outlines[0], dual=dual, activation=SILU, out_dtype=dtype, has_bias=False)
+    if dispatch.select(problem, x.device, backend) == "hopper":
+        weights.remember_packed()
 
 
 def _split(weights: GatedWeights | tuple[NVFP4Tensor, NVFP4Tensor]) -> GatedWeights:
@@ -176,17 +258,28 @@ def dual_gemm(
 
     Only metadata is checked, so nothing synchronises. Raises TypeError or ValueError naming the argument; UnsupportedError
     when the backend asked for cannot run. There is no backward pass: an x that requires grad is a ValueError.
+
+    On a Hopper GPU prepared weights are fastest. GatedWeights that were not prepared are packed by their first call, which
+    synchronises, and keep the packed form too; a (gate, up) tuple is packed again by each call, with one warning.
     """
+    if not torch.compiler.is_compiling() and type(weights) is GatedWeights and (direct := weights.direct) is not None:
+        done = direct(x, (weights.gate_bias, weights.up_bias), activation, out_dtype, out, backend)
+        if done is not None:
+            return done
     w = _split(weights)
-    biases = {"gate_bias": w.gate_bias, "up_bias": w.up_bias}
-    dtype = check_dense(x, {"gate": w.gate, "up": w.up}, biases=biases, activation=activation, out_dtype=out_dtype, out=out)
-    batched = w.gate.ndim == 3
-    target = _target(x, w.gate.rows, batched, dtype, out)
-    _dual_gemm(
+    named = dict(zip(("gate", "up"), w.outlines, strict=True))
+    checked = {"gate_bias": w.gate_bias, "up_bias": w.up_bias}
+    dtype = check_dense(x, named, biases=checked, activation=activation, out_dtype=out_dtype, out=out)
+    if w is weights:
+        _prepared(w, x, dtype, backend)
+    batched = len(w.shape) == 3
+    target = _target(x, w.shape[-2], batched, dtype, out)
+    _call(
+        _dual_gemm,
+        _run_dual_gemm,
         target,
         _rows_of(x, batched),
-        _parts(w.gate),
-        _parts(w.up),
+        *_held(w),
         w.packed,
         w.gate_bias,
         w.up_bias,
@@ -199,7 +292,7 @@ def dual_gemm(
 
 def linear(
     x: Operand,
-    weight: NVFP4Tensor,
+    weight: NVFP4Tensor | LinearWeight,
     *,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
@@ -208,12 +301,21 @@ def linear(
 ) -> Tensor:
     """x @ weight^T + bias, `[..., M, N]`: one NVFP4 matrix, for down projections and attention.
 
-    x, out_dtype, out, backend and errors as for `dual_gemm`; weight `[N, K]` or `[L, N, K]`, bias `[N]` or `[L, N]`.
+    x, out_dtype, out, backend and errors as for `dual_gemm`; weight `[N, K]` or `[L, N, K]`, bias `[N]` or `[L, N]`. On a
+    Hopper GPU a prepared LinearWeight is fastest, and an NVFP4Tensor is packed again by each call, with one warning.
     """
-    dtype = check_dense(x, {"weight": weight}, biases={"bias": bias}, out_dtype=out_dtype, out=out)
-    batched = weight.ndim == 3
-    target = _target(x, weight.rows, batched, dtype, out)
-    _linear(target, _rows_of(x, batched), _parts(weight), bias, backend or "")
+    if not torch.compiler.is_compiling() and type(weight) is LinearWeight and (direct := weight.direct) is not None:
+        done = direct(x, (bias, bias), SILU, out_dtype, out, backend)
+        if done is not None:
+            return done
+    matrix = weight.outlines[0] if isinstance(weight, LinearWeight) else weight
+    dtype = check_dense(x, {"weight": matrix}, biases={"bias": bias}, out_dtype=out_dtype, out=out)
+    if isinstance(weight, LinearWeight):
+        _prepared(weight, x, dtype, backend)
+    parts, packed = (_held(weight)[0], weight.packed) if isinstance(weight, LinearWeight) else (_parts(weight), None)
+    batched = matrix.ndim == 3
+    target = _target(x, matrix.rows, batched, dtype, out)
+    _call(_linear, _run_linear, target, _rows_of(x, batched), parts, packed, bias, backend or "")
     return _result(x, target, out)
 
 
@@ -239,13 +341,15 @@ def grouped_dual_gemm(
     """
     w = _split(weights)
     biases = {"gate_bias": w.gate_bias, "up_bias": w.up_bias}
-    dtype = check_grouped(x, w.gate, w.up, group_offsets, biases=biases, activation=activation, out_dtype=out_dtype, out=out)
-    target = _target(x, w.gate.rows, False, dtype, out)
-    _grouped_dual_gemm(
+    gate, up = w.outlines
+    dtype = check_grouped(x, gate, up, group_offsets, biases=biases, activation=activation, out_dtype=out_dtype, out=out)
+    target = _target(x, gate.rows, False, dtype, out)
+    _call(
+        _grouped_dual_gemm,
+        _run_grouped_dual_gemm,
         target,
         _rows_of(x, False),
-        _parts(w.gate),
-        _parts(w.up),
+        *_held(w),
         group_offsets,
         w.gate_bias,
         w.up_bias,

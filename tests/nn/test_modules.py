@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import io
+import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from glu4 import dispatch, reference
+from fake_hopper import fake_hopper
+from glu4 import reference
 from glu4.activation import SILU, Activation, clamped_silu
-from glu4.backends.hopper.pack import pack_gated
+from glu4.backends.hopper.pack import pack_gated, pack_matrix
 from glu4.nn import GatedMLP, NVFP4Linear, set_mode
 from glu4.nvfp4 import NVFP4Tensor, quantize
 from glu4.verify.cases import Case
@@ -209,29 +213,69 @@ def test_a_module_never_called_before_compiles_and_exports(mode: str) -> None:
         assert torch.equal(torch.export.export(fresh(), (x,)).module()(x), want)
 
 
-def test_packed_weights_follow_what_the_buffers_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+def _saved_and_loaded(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
+
+
+@pytest.mark.parametrize("kind", [GatedMLP, NVFP4Linear])
+def test_packed_weights_follow_what_the_buffers_hold(monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module]) -> None:
     """Packed when made, moved or loaded, so that a graph traced before the first call has them; and never stale."""
-    monkeypatch.setattr(dispatch, "packs", lambda device: device.type == "cpu")
 
-    def expected(w: GatedWeights) -> Tensor:
-        return pack_gated(w.gate, w.up)
+    def make(seed: int) -> GatedMLP | NVFP4Linear:
+        return _bare(_weights(seed)) if kind is GatedMLP else NVFP4Linear(_weights(seed).gate)
 
-    def packed(module: GatedMLP) -> Tensor:
+    def expected(seed: int) -> Tensor:
+        return pack_gated(_weights(seed).gate, _weights(seed).up) if kind is GatedMLP else pack_matrix(_weights(seed).gate)
+
+    def packed(module: Any) -> Tensor:
         assert module._ready is not None
         assert module._ready.packed is not None
-        return module._ready.packed
+        found: Tensor = module._ready.packed
+        return found
 
-    module, other = _bare(_weights(1)), _bare(_weights(2))
-    assert torch.equal(packed(module), expected(_weights(1)))
-    module.load_state_dict(other.state_dict())
-    assert torch.equal(packed(module), expected(_weights(2)))
-    module.weights = _weights(3)
-    assert torch.equal(packed(module), expected(_weights(3)))
-    assert torch.equal(packed(module.half()), expected(_weights(3)))
-    empty = module.to("meta").to_empty(device="cpu")
-    empty.load_state_dict(other.state_dict())
-    assert torch.equal(packed(empty), expected(_weights(2)))
-    assert torch.equal(packed(copy.deepcopy(empty)), expected(_weights(2)))
+    with fake_hopper(monkeypatch) as cuda:
+        module, other = make(1), make(2)
+        assert torch.equal(packed(module), expected(1))
+        module.load_state_dict(other.state_dict())
+        assert torch.equal(packed(module), expected(2))
+        if isinstance(module, GatedMLP):
+            module.weights = _weights(3)
+            assert torch.equal(packed(module), expected(3))
+            module.weights = _weights(2)
+        assert torch.equal(packed(module.half()), expected(2))
+        empty = module.to("meta").to_empty(device="cpu")
+        empty.load_state_dict(other.state_dict())
+        assert torch.equal(packed(empty), expected(2))
+        for copied in (copy.deepcopy(empty), _saved_and_loaded(empty)):
+            assert torch.equal(packed(copied), expected(2))
+        before = len(cuda.launches)
+        assert torch.equal(empty(_x(4, 3).half()), other(_x(4, 3).half()))
+        assert len(cuda.launches) == before + 2
+
+
+@pytest.mark.parametrize("mode", ["w4a16", "w4a4"])
+def test_modules_on_the_kernel(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Called, compiled before any call, and compiled after one: the same kernels, the same bits."""
+    torch._dynamo.reset()
+    with fake_hopper(monkeypatch) as cuda:
+
+        def fresh() -> GatedMLP:
+            down = NVFP4Linear(_matrix(torch.Generator().manual_seed(1), 16, N, 1.0), torch.ones(16).half(), mode=mode)
+            return GatedMLP(_weights(26, bias=True, input_scale=0.01), down, mode=mode)
+
+        for x in (_x(27, 3).half(), _x(27, 6).half().view(2, 3, K), _x(27, 1).half()[0]):
+            want = fresh()(x)
+            assert want.shape == (*x.shape[:-1], 16)
+            assert len(cuda.launches) == 2
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert torch.equal(torch.compile(fresh(), backend="eager", fullgraph=True)(x), want)
+            assert len(cuda.launches) == 4
+            cuda.launches.clear()
 
 
 def test_on_the_meta_device_a_forward_gives_shapes() -> None:

@@ -225,10 +225,7 @@ def _able(case: Case, where: str) -> list[str]:
         problem = dense_problem(
             case.x, case.gate, dual=dual, activation=case.activation, out_dtype=case.out_dtype, has_bias=has_bias
         )
-    able = [c.backend for c in explain(problem, where).candidates if c.can_run]
-    # what GatedWeights.prepare packs: one gate and one up
-    packed = case.up is not None and case.gate.ndim == 2
-    return able if packed else [b for b in able if b == "portable"]
+    return [c.backend for c in explain(problem, where).candidates if c.can_run]
 
 
 def _run(case: Case, backend: str) -> Any:
@@ -240,7 +237,10 @@ def _run(case: Case, backend: str) -> Any:
     rows = (case.x.shape[0],) if case.group_offsets is not None else tuple(case.x.shape[:-1])
     out = torch.full((*rows, case.gate.rows), torch.nan, dtype=case.out_dtype, device=case.gate.device)
     if case.up is None:
-        return glu4.linear(case.x, case.gate, bias=case.gate_bias, out=out, backend=backend)
+        weight = glu4.LinearWeight(case.gate)
+        if backend != "portable":
+            weight = weight.prepare(case.gate.device)
+        return glu4.linear(case.x, weight, bias=case.gate_bias, out=out, backend=backend)
     weights = glu4.GatedWeights(case.gate, case.up, gate_bias=case.gate_bias, up_bias=case.up_bias)
     if backend != "portable":
         weights = weights.prepare(case.gate.device)

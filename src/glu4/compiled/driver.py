@@ -1,30 +1,46 @@
-"""Load cubins and launch them through libcuda with ctypes: no CuTe DSL, no CUDA toolkit, no C compiler."""
+"""Load cubins and launch them through libcuda with ctypes: no CuTe DSL, no CUDA toolkit, no C compiler.
+
+A launch reads one block of memory (`_Frame`): the kernel's parameters, CUlaunchConfig, the tensor map, the launch attributes.
+All that changes from call to call lies side by side in it, so that one `struct` pack fills it in.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from glu4.errors import UnsupportedError
 
-__all__ = ["Kernel", "TensorMap"]
+__all__ = ["Kernel"]
 
+# cuda.h of CUDA 13.0
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_CLUSTER, _PROGRAMMATIC = 4, 6  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, ..._PROGRAMMATIC_STREAM_SERIALIZATION
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+_INVALID_CONTEXT = 201
 _SWIZZLE_128B, _L2_128B = 3, 2
 _MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
+_MAP_BYTES, _CONFIG_BYTES, _ATTRIBUTE_BYTES = 128, 56, 72  # sizeof CUtensorMap, CUlaunchConfig, CUlaunchAttribute
+_CONFIG = "7I4xQQI12x"  # grid, block, shared bytes; stream, attributes, their number; up to the map's alignment
+# of a 2-D tensor map: address; a word for type, swizzle and so on; row stride / 16; columns - 1, rows - 1. Found by comparing
+# what cuTensorMapEncodeTiled wrote for 307 such matrices on an H100: every other byte depends on type, box and swizzle alone
+_MAP = "QII16xII"
 
 
 @cache
-def _cuda() -> ctypes.CDLL:
+def _cuda() -> Any:
     try:
-        return ctypes.CDLL("libcuda.so.1")
+        library = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise UnsupportedError(f"the NVIDIA driver library libcuda.so.1 cannot be loaded: {error}") from error
+    library.cuLaunchKernelEx.argtypes = (ctypes.c_void_p,) * 4  # so that addresses may be plain integers
+    return library
 
 
 def _check(status: int, what: str) -> None:
@@ -34,50 +50,170 @@ def _check(status: int, what: str) -> None:
         raise RuntimeError(f"{what} failed: {(name.value or b'unknown').decode()} ({status})")
 
 
-class TensorMap:
-    """A 2-D tiled tensor map of a 16-bit row-major matrix, 128-byte swizzle, zeros out of bounds (cuTensorMapEncodeTiled)."""
+class _Relaxed:
+    """Loading a kernel is legal here even while this thread captures a CUDA graph: nothing of it belongs to the graph."""
 
-    def __init__(self, matrix: Tensor, box_rows: int, box_cols: int) -> None:
-        self._memory = ctypes.create_string_buffer(192)
-        self.address = -(-ctypes.addressof(self._memory) // 64) * 64
-        rows, cols = matrix.shape
-        u64, u32 = ctypes.c_uint64, ctypes.c_uint32
-        status = _cuda().cuTensorMapEncodeTiled(
-            ctypes.c_void_p(self.address), _MAP_TYPES[matrix.dtype], 2, ctypes.c_void_p(matrix.data_ptr()),
-            (u64 * 2)(cols, rows), (u64 * 1)(matrix.stride(0) * 2), (u32 * 2)(box_cols, box_rows), (u32 * 2)(1, 1),
-            0, _SWIZZLE_128B, _L2_128B, 0,
-        )  # fmt: skip
-        _check(status, "cuTensorMapEncodeTiled")
+    def __enter__(self) -> None:
+        self._mode = ctypes.c_int(_RELAXED)
+        _check(_cuda().cuThreadExchangeStreamCaptureMode(ctypes.byref(self._mode)), "cuThreadExchangeStreamCaptureMode")
+
+    def __exit__(self, *_: object) -> None:
+        _cuda().cuThreadExchangeStreamCaptureMode(ctypes.byref(self._mode))
+
+
+def _on(device: int) -> AbstractContextManager[Any]:
+    return nullcontext() if torch._C._cuda_getDevice() == device else torch.cuda.device(device)
+
+
+@cache
+def _primary_context(device: int) -> ctypes.c_void_p:
+    context = ctypes.c_void_p()
+    _check(_cuda().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "cuDevicePrimaryCtxRetain")
+    return context
+
+
+def _bind(device: int) -> None:
+    """Give this thread the context that torch uses on a device, if it has none yet."""
+    context = ctypes.c_void_p()
+    _check(_cuda().cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
+    if not context.value:
+        _check(_cuda().cuCtxSetCurrent(_primary_context(device)), "cuCtxSetCurrent")
+
+
+def _encode(address: int, columns: int, row_bytes: int, dtype: torch.dtype, box_rows: int, box_columns: int) -> bytes:
+    """A tensor map of one row of a 16-bit matrix: 2-D, tiled, 128-byte swizzle, zeros out of bounds."""
+    memory = ctypes.create_string_buffer(_MAP_BYTES + 64)
+    start = -ctypes.addressof(memory) % 64
+    u64, u32 = ctypes.c_uint64, ctypes.c_uint32
+    status = _cuda().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(ctypes.addressof(memory) + start), _MAP_TYPES[dtype], 2, ctypes.c_void_p(address),
+        (u64 * 2)(columns, 1), (u64 * 1)(row_bytes), (u32 * 2)(box_columns, box_rows), (u32 * 2)(1, 1),
+        0, _SWIZZLE_128B, _L2_128B, 0,
+    )  # fmt: skip
+    _check(status, "cuTensorMapEncodeTiled")
+    return memory.raw[start : start + _MAP_BYTES]
+
+
+class _Frame:
+    """The memory of one launch. One thread at a time may use it."""
+
+    def __init__(self, kernel: Kernel, tensor_map: bytes) -> None:
+        parameters = -(-sum(kernel.param_sizes[1:]) // 64) * 64
+        config, map_start = parameters, parameters + _CONFIG_BYTES + 8
+        attributes = map_start + _MAP_BYTES
+        memory = ctypes.create_string_buffer(attributes + 2 * _ATTRIBUTE_BYTES + 64)
+        base = -(-ctypes.addressof(memory) // 64) * 64
+        self.start = base - ctypes.addressof(memory)
+        self.memory = memory
+        self.config = base + config
+        self.attributes = base + attributes
+        self.map_word: int = struct.unpack_from("=I", tensor_map, 8)[0]
+        ctypes.memmove(base + map_start, tensor_map, _MAP_BYTES)
+        if kernel.clustered:
+            ctypes.memmove(base + attributes, struct.pack("=I4x3I", _CLUSTER, *kernel.cluster), 20)
+        last = base + attributes + _ATTRIBUTE_BYTES * kernel.clustered
+        ctypes.memmove(last, struct.pack("=I4xi", _PROGRAMMATIC, 1), 12)
+        offsets = (sum(kernel.param_sizes[1:i]) for i in range(1, len(kernel.param_sizes)))
+        self._pointers = (ctypes.c_void_p * len(kernel.param_sizes))(base + map_start, *(base + o for o in offsets))
+        self.pointers = ctypes.addressof(self._pointers)
 
 
 class Kernel:
-    """A loaded kernel: usable on every device of its architecture, from any stream."""
+    """A loaded kernel: usable on every device of its architecture, from any stream and any thread.
 
-    def __init__(self, cubin: bytes, description: dict[str, Any]) -> None:
+    description  as the builder wrote it
+    formats      how `struct` packs each parameter after the first, which is the tensor map; checked against the description
+    dtype, box   of the tensor map: 16-bit type, (rows, columns)
+    cluster      CTAs of a cluster along the grid's x, y and z
+    """
+
+    def __init__(
+        self,
+        cubin: bytes,
+        description: dict[str, Any],
+        formats: Sequence[str],
+        dtype: torch.dtype,
+        box: tuple[int, int],
+        cluster: tuple[int, int, int] = (1, 1, 1),
+    ) -> None:
         self.threads: int = description["threads"]
         self.shared_bytes: int = description["shared_bytes"]
         self.param_sizes: list[int] = description["params"]
-        self._cubin = cubin
-        self._library, self._handle = ctypes.c_void_p(), ctypes.c_void_p()
-        nothing = (None, None, 0, None, None, 0)
-        _check(_cuda().cuLibraryLoadData(ctypes.byref(self._library), cubin, *nothing), "cuLibraryLoadData")
-        entry = description["entry"].encode()
-        _check(_cuda().cuLibraryGetKernel(ctypes.byref(self._handle), self._library, entry), "cuLibraryGetKernel")
+        self.cluster, self.clustered = cluster, cluster != (1, 1, 1)
+        self.overlaps = bool(description.get("pdl"))
+        sizes = [_MAP_BYTES, *(struct.calcsize("=" + f) for f in formats)]
+        if sizes != self.param_sizes:
+            raise RuntimeError(f"the kernel takes parameters of {self.param_sizes} bytes, this version passes {sizes}")
+        padding = -sum(sizes[1:]) % 64
+        self._pack = struct.Struct("=" + "".join(formats) + f"{padding}x" + _CONFIG + _MAP).pack_into
+        self._dtype, self._box = dtype, box
+        self._map: bytes | None = None
+        self._frames: list[_Frame] = []  # those that no thread is using
         self._ready: set[int] = set()
+        self._cubin = cubin
+        self._library, self._kernel = ctypes.c_void_p(), ctypes.c_void_p()
+        nothing = (None, None, 0, None, None, 0)
+        with _Relaxed():
+            _check(_cuda().cuLibraryLoadData(ctypes.byref(self._library), cubin, *nothing), "cuLibraryLoadData")
+            entry = description["entry"].encode()
+            _check(_cuda().cuLibraryGetKernel(ctypes.byref(self._kernel), self._library, entry), "cuLibraryGetKernel")
+        self._handle = self._kernel.value
+        self._launch = _cuda().cuLaunchKernelEx
 
-    def _prepare(self, device: int) -> None:
-        status = _cuda().cuKernelSetAttribute(_MAX_DYNAMIC_SHARED, self.shared_bytes, self._handle, device)
-        _check(status, "cuKernelSetAttribute")
+    def load(self, device: int) -> None:
+        """Make the kernel ready on a device, as the first launch there would."""
+        if device in self._ready:
+            return
+        function = ctypes.c_void_p()
+        with _on(device), _Relaxed():
+            _bind(device)
+            status = _cuda().cuKernelSetAttribute(_MAX_DYNAMIC_SHARED, self.shared_bytes, self._kernel, device)
+            _check(status, "cuKernelSetAttribute")
+            # the driver loads code when it is first needed, unless asked for before
+            _check(_cuda().cuKernelGetFunction(ctypes.byref(function), self._kernel), "cuKernelGetFunction")
         self._ready.add(device)
 
-    def launch(self, grid: tuple[int, int], tensor_map: TensorMap, params: list[bytes], device: int, stream: int) -> None:
-        """Launch on `stream` of the current device. params: the bytes of every parameter after the first, the map."""
+    def _frame(self, address: int, columns: int, row_bytes: int) -> _Frame:
+        if self._map is None:
+            self._map = _encode(address, columns, row_bytes, self._dtype, *self._box)
+        return _Frame(self, self._map)
+
+    def launch(
+        self,
+        device: int,
+        stream: int,
+        grid: tuple[int, int, int],
+        matrix: tuple[int, int, int, int],
+        params: tuple[int | float, ...],
+        overlap: bool = True,
+    ) -> None:
+        """Launch on `stream` of `device`.
+
+        matrix   address, rows, columns and row stride in bytes of what the tensor map covers; address and stride are multiples
+                 of 16, the stride is less than 2^36
+        params   the values of every parameter after the map, in the order of `formats`
+        overlap  False: begin only when all work before it in the stream is done and visible, whatever the kernel could do
+        """
         if device not in self._ready:
-            self._prepare(device)
-        sizes = [len(p) for p in params]
-        if sizes != self.param_sizes[1:]:
-            raise RuntimeError(f"the kernel takes parameters of {self.param_sizes[1:]} bytes, got {sizes}")
-        held = [ctypes.create_string_buffer(p, len(p) + 8) for p in params]
-        pointers = (ctypes.c_void_p * (len(params) + 1))(tensor_map.address, *(ctypes.addressof(h) for h in held))
-        config = struct.pack("7I4xQQI4x", *grid, 1, self.threads, 1, 1, self.shared_bytes, stream, 0, 0)
-        _check(_cuda().cuLaunchKernelEx(config, self._handle, pointers, None), "cuLaunchKernelEx")
+            self.load(device)
+        address, rows, columns, row_bytes = matrix
+        try:
+            frame = self._frames.pop()  # one operation of the interpreter: no two threads get the same
+        except IndexError:
+            frame = self._frame(address, columns, row_bytes)
+        attributes = self.clustered + (overlap and self.overlaps)
+        self._pack(
+            frame.memory, frame.start, *params, *grid, self.threads, 1, 1, self.shared_bytes, stream, frame.attributes,
+            attributes, address, frame.map_word, row_bytes >> 4, columns - 1, rows - 1,
+        )  # fmt: skip
+        if torch._C._cuda_getDevice() == device:
+            status = self._launch(frame.config, self._handle, frame.pointers, None)
+        else:
+            with torch.cuda.device(device):
+                status = self._launch(frame.config, self._handle, frame.pointers, None)
+        if status == _INVALID_CONTEXT:  # a thread that has made no CUDA call of its own yet
+            with _on(device):
+                _bind(device)
+                status = self._launch(frame.config, self._handle, frame.pointers, None)
+        self._frames.append(frame)
+        _check(status, "cuLaunchKernelEx")

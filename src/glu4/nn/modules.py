@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Generic, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from glu4 import dispatch, ops
 from glu4.activation import SILU, Activation
 from glu4.nvfp4 import NVFP4Tensor, quantize
-from glu4.weights import GatedWeights
+from glu4.weights import GatedWeights, LinearWeight
 
 __all__ = ["GatedMLP", "Mode", "NVFP4Linear", "check_mode", "set_mode"]
 
@@ -65,11 +65,18 @@ class _Matrix(_ExactBuffers):
 
 
 def _operand(x: Tensor, mode: Mode, input_scale: Tensor | None) -> Tensor | NVFP4Tensor:
-    """x `[..., K]` as `[rows, K]`, quantised if the mode says so."""
+    """x `[..., K]`, or, quantised if the mode says so, its rows `[M, K]`."""
     if x.requires_grad and torch.is_grad_enabled():  # quantize would cut the gradient off without a word
         raise ValueError("x requires grad, and glu4 has no backward pass yet: call under torch.no_grad() or detach x")
+    if mode == "w4a16" and x.ndim > 1:
+        return x
     rows = x.reshape(-1, x.shape[-1])
     return quantize(rows, input_scale, nonfinite="propagate") if mode == "w4a4" else rows
+
+
+def _shaped(rows: Tensor, x: Tensor) -> Tensor:
+    """A result of x's rows with x's leading dimensions."""
+    return rows if rows.ndim == x.ndim else rows.view(*x.shape[:-1], rows.shape[-1])
 
 
 def _detached(t: Tensor | None) -> Tensor | None:
@@ -81,12 +88,61 @@ def _check_features(x: Tensor, k: int) -> None:
         raise ValueError(f"x: expected [..., {k}], got shape {list(x.shape)}")
 
 
+W = TypeVar("W", GatedWeights, LinearWeight)
+
+
 def _prepare_after_load(module: nn.Module, _: object) -> None:
-    assert isinstance(module, GatedMLP)
+    assert isinstance(module, _Prepared)
     module._prepare_again()
 
 
-class GatedMLP(_ExactBuffers):
+class _Prepared(_ExactBuffers, Generic[W]):
+    """A module that keeps its weights checked and prepared for the device that its buffers are on."""
+
+    _ready: W | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ready = None
+        self.register_load_state_dict_post_hook(_prepare_after_load)  # type: ignore[no-untyped-call]
+
+    def _from_buffers(self) -> W:
+        raise NotImplementedError
+
+    def _current(self) -> W:
+        """The weights, prepared once."""
+        if self._ready is None:
+            made = self._from_buffers()
+            if torch.compiler.is_compiling():  # a graph can neither check values nor keep what it traced
+                return made
+            self._ready = made.prepare(made.device)
+        return self._ready
+
+    def _prepare_again(self) -> None:
+        """Pack now where a kernel wants that: a graph that torch.compile traces before the first call could not."""
+        self._ready = None
+        device = next(m.codes.device for m in self.children() if isinstance(m, _Matrix))
+        if dispatch.packs(device, isinstance(self, GatedMLP)):
+            with suppress(ValueError):  # memory not filled yet, or damaged weights: the next call says which
+                self._current()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Prepared[W]:
+        self._ready = None
+        super()._apply(fn, recurse)
+        self._prepare_again()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._ready = None
+        super()._load_from_state_dict(*args, **kwargs)  # the matrices come after this; the hook prepares them
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._ready is not None and self._ready.packed is None:  # files hold NVFP4 alone
+            self._prepare_again()
+
+
+class GatedMLP(_Prepared[GatedWeights]):
     """down_proj(act(x @ gate^T) * (x @ up^T)): a gated MLP whose gate and up are NVFP4, each with its own global scale.
 
     weights     GatedWeights `[N, K]`; kept as buffers under the names of `GatedWeights.state_dict`, so that .to(),
@@ -108,25 +164,20 @@ class GatedMLP(_ExactBuffers):
         self, weights: GatedWeights, down_proj: nn.Module, *, activation: Activation = SILU, mode: Mode = "w4a16"
     ) -> None:
         super().__init__()
-        self._ready: GatedWeights | None = None
         self.activation = activation
         self.mode: Mode = check_mode(mode)
         for name in ("input_scale", "gate_bias", "up_bias"):
             self.register_buffer(name, None)
         self.weights = weights
         self.down_proj = down_proj
-        self.register_load_state_dict_post_hook(_prepare_after_load)  # type: ignore[no-untyped-call]
+
+    def _from_buffers(self) -> GatedWeights:
+        return GatedWeights(self.gate.tensor(), self.up.tensor(), self.input_scale, self.gate_bias, self.up_bias)
 
     @property
     def weights(self) -> GatedWeights:
         """Gate and up, checked and prepared once for the device they are on; set it to replace them."""
-        if self._ready is None:
-            gate, up = self.gate.tensor(), self.up.tensor()
-            made = GatedWeights(gate, up, self.input_scale, self.gate_bias, self.up_bias)
-            if torch.compiler.is_compiling():  # a graph can neither check values nor keep what it traced
-                return made
-            self._ready = made.prepare(gate.device)
-        return self._ready
+        return self._current()
 
     @weights.setter
     def weights(self, weights: GatedWeights) -> None:
@@ -137,37 +188,20 @@ class GatedMLP(_ExactBuffers):
             setattr(self, name, _detached(getattr(weights, name)))
         self._prepare_again()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatedMLP:
-        self._ready = None
-        super()._apply(fn, recurse)
-        self._prepare_again()
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._ready = None
-        super()._load_from_state_dict(*args, **kwargs)  # the matrices come after this; the hook prepares them
-
-    def _prepare_again(self) -> None:
-        """Pack now where a kernel wants that: a graph that torch.compile traces before the first call could not."""
-        self._ready = None
-        if dispatch.packs(self.gate.codes.device):
-            with suppress(ValueError):  # memory not filled yet, or damaged weights: the next call says which
-                _ = self.weights
-
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., K]` to down_proj's output, through `[..., N]` in x's dtype."""
         weights = self.weights
-        _check_features(x, weights.shape[-1])
+        _check_features(x, weights.outlines[0].k)
         operand = _operand(x, self.mode, self.input_scale)
         hidden = ops.dual_gemm(operand, weights, activation=self.activation, out_dtype=x.dtype)
-        return cast(Tensor, self.down_proj(hidden.view(*x.shape[:-1], weights.shape[0])))
+        return cast(Tensor, self.down_proj(_shaped(hidden, x)))
 
     def extra_repr(self) -> str:
         n, k = self.weights.shape
         return f"in_features={k}, gated_features={n}, activation={self.activation.name}, mode={self.mode}"
 
 
-class NVFP4Linear(_ExactBuffers):
+class NVFP4Linear(_Prepared[LinearWeight]):
     """x @ weight^T + bias with an NVFP4 weight: the counterpart of torch.nn.Linear, W4A16 or W4A4.
 
     weight       NVFP4Tensor `[N, K]`, kept as buffers weight.codes, weight.block_scale, weight.global_scale
@@ -191,34 +225,21 @@ class NVFP4Linear(_ExactBuffers):
         self.weight = _Matrix(weight)
         self.register_buffer("bias", _detached(bias))
         self.register_buffer("input_scale", input_scale)
-        self._ready: NVFP4Tensor | None = None
+        self._prepare_again()
+
+    def _from_buffers(self) -> LinearWeight:
+        return LinearWeight(self.weight.tensor())
 
     @property
     def matrix(self) -> NVFP4Tensor:
         """The weight as one value, checked once."""
-        if self._ready is None:
-            made = self.weight.tensor()
-            if torch.compiler.is_compiling():
-                return made
-            made.check_values()
-            self._ready = made
-        return self._ready
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NVFP4Linear:
-        self._ready = None
-        super()._apply(fn, recurse)
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._ready = None
-        super()._load_from_state_dict(*args, **kwargs)
+        return self._current().matrix
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., K]` to `[..., N]`."""
-        matrix = self.matrix
-        _check_features(x, matrix.k)
-        out = ops.linear(_operand(x, self.mode, self.input_scale), matrix, bias=self.bias, out_dtype=x.dtype)
-        return out.view(*x.shape[:-1], matrix.rows)
+        weight = self._current()
+        _check_features(x, self.in_features)
+        return _shaped(ops.linear(_operand(x, self.mode, self.input_scale), weight, bias=self.bias, out_dtype=x.dtype), x)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
+from dataclasses import replace
+
 import pytest
 import torch
 
-from glu4 import GatedWeights, UnsupportedError, dual_gemm
+from glu4 import GatedWeights, LinearWeight, NVFP4Tensor, UnsupportedError, dual_gemm, linear, ops
 from glu4.activation import SILU, clamped_silu, swiglu_oai
 from glu4.backends.hopper import launch
 from glu4.backends.hopper.config import SHIPPED, Config
@@ -33,8 +37,7 @@ def on_gpu(case: Case, config: Config | None = None) -> torch.Tensor:
     packed = pack_matrix(case.gate) if case.up is None else pack_gated(case.gate, case.up)
     scales = (case.gate.global_scale, case.gate.global_scale if case.up is None else case.up.global_scale)
     biases = (case.gate_bias, case.gate_bias if case.up is None else case.up_bias)
-    floats = tuple(None if b is None else b.float() for b in biases)
-    launch.dense(out, case.x, packed, scales, floats, case.activation, problem, config)
+    launch.dense(out, case.x, packed, scales, biases, case.activation, problem, config, overlap=False)
     return out.cpu()
 
 
@@ -99,7 +102,7 @@ def prepared(case: Case) -> GatedWeights:
     return GatedWeights(case.gate, case.up, gate_bias=case.gate_bias, up_bias=case.up_bias).prepare("cuda")
 
 
-def test_prepared_weights_run_here_and_others_do_not() -> None:
+def test_prepared_weights() -> None:
     case = full_range_case(7, 37, 264, 208, x_format="bfloat16", out_dtype=torch.bfloat16, bias=True)
     x, weights = case.x.to("cuda"), prepared(case)
     assert weights.packed is not None
@@ -107,14 +110,89 @@ def test_prepared_weights_run_here_and_others_do_not() -> None:
     assert check(case, out).ok
     assert torch.equal(out, dual_gemm(x, weights))
     assert check(case, dual_gemm(x, weights, backend="portable")).ok
-    with pytest.raises(UnsupportedError, match="its weights are not packed"):
-        dual_gemm(x, (weights.gate, weights.up), backend="hopper")
     three = dual_gemm(x.expand(2, *x.shape), weights)
     assert torch.equal(three[1], out)
     strided = torch.full((264, 37), 3.0, dtype=torch.bfloat16, device="cuda").t()
     assert torch.equal(dual_gemm(x, weights, out=strided), out)
     odd = torch.randn(37, 209, device="cuda").bfloat16()[:, 1:]  # rows that no tensor map can address
     assert torch.equal(dual_gemm(odd, weights), dual_gemm(odd.contiguous(), weights))
+
+
+@pytest.mark.parametrize("x_format", FORMATS)
+def test_every_form_of_weights_gives_the_same_bits(x_format: str) -> None:
+    case = full_range_case(7, 37, 264, 208, x_format=x_format)
+    assert case.up is not None
+    here = case.to("cuda")
+    assert here.up is not None
+    expected, one = dual_gemm(here.x, prepared(case)), LinearWeight(here.gate).prepare("cuda")
+    forms = [GatedWeights(here.gate, here.up), (here.gate, here.up), prepared(case).prepare("cuda", free_original=True)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert all(torch.equal(dual_gemm(here.x, form), expected) for form in forms for _ in range(2))
+        out = linear(here.x, one)
+        assert all(torch.equal(linear(here.x, form), out) for form in (here.gate, LinearWeight(here.gate)) for _ in range(2))
+    assert check(full_range_case(7, 37, 264, 208, x_format=x_format, linear=True, out_dtype=out.dtype), out).ok
+
+
+@pytest.mark.parametrize("x_format", FORMATS)
+def test_the_operator_gives_the_same_bits(x_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = full_range_case(9, 37, 264, 208, x_format=x_format, bias=True)
+    x, weights = case.x.to("cuda"), prepared(case)
+    expected = dual_gemm(x, weights)
+    weights.direct = None
+    assert torch.equal(dual_gemm(x, weights), expected)
+    monkeypatch.setattr(ops, "ordinary", lambda tensors: False)
+    assert torch.equal(dual_gemm(x, weights), expected)
+
+
+@pytest.mark.parametrize("x_format", FORMATS)
+def test_batches(x_format: str) -> None:
+    cases = [full_range_case(i, 19, 72, 144, x_format=x_format) for i in range(3)]
+    gate, up = (_stacked([getattr(c, name) for c in cases]) for name in ("gate", "up"))
+    xs = [c.x for c in cases]
+    x = torch.stack(xs) if x_format != "nvfp4" else _stacked([t.to_linear() for t in xs])  # type: ignore[union-attr]
+    got = dual_gemm(x.to("cuda"), GatedWeights(gate, up).to("cuda"), out_dtype=torch.float16, backend="hopper")
+    for case, one in zip(cases, got, strict=True):
+        assert check(replace(case, out_dtype=torch.float16), one).ok
+    if x_format == "nvfp4":  # one weight, a global scale for each matrix of tokens
+        shared = dual_gemm(x.to("cuda"), prepared(cases[0]), out_dtype=torch.float16, backend="hopper")
+        for case, one in zip(cases, shared, strict=True):
+            assert check(replace(cases[0], x=case.x, out_dtype=torch.float16), one).ok
+
+
+def _stacked(matrices: list[NVFP4Tensor]) -> NVFP4Tensor:
+    scales = torch.stack([m.linear_block_scale().view(torch.uint8) for m in matrices]).view(torch.float8_e4m3fn)
+    return NVFP4Tensor(torch.stack([m.codes for m in matrices]), scales, torch.stack([m.global_scale for m in matrices]))
+
+
+def test_a_new_thread_may_make_the_first_call() -> None:
+    """Its context is not bound to it before some CUDA call of its own."""
+    case = full_range_case(11, 9, 72, 80, x_format="float16")
+    x, weights = case.x.to("cuda"), prepared(case)
+    expected, out = dual_gemm(x, weights), torch.zeros(9, 72, dtype=torch.float16, device="cuda")
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            dual_gemm(x, weights, out=out)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert not failed
+    assert torch.equal(out, expected)
+
+
+def test_packing_is_refused_while_a_graph_is_captured() -> None:
+    case = full_range_case(12, 9, 72, 80, x_format="float16").to("cuda")
+    assert case.up is not None
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(UnsupportedError, match="a CUDA graph is being captured"), torch.cuda.graph(graph):
+        dual_gemm(case.x, GatedWeights(case.gate, case.up))
 
 
 def test_graphs_streams_and_compile() -> None:

@@ -1,0 +1,212 @@
+"""Time what the host spends on an eager call, and on loading a kernel, on the Hopper GPU of this machine.
+
+    python benchmarks/host_time.py [--output benchmarks/results/h100-host-time.json]
+    python benchmarks/host_time.py --dry   # no GPU: all but the driver and torch's CUDA allocator, on CPU tensors
+
+Method: under torch.inference_mode, calls are queued 50 at a time without waiting for the GPU, 100 times over, the device
+synchronised in between; median and minimum of the 100, divided by 50. Kernels are loaded one after the other, each for the
+first time in this process: finding and checking its file, cuLibraryLoadData, and making it ready on the device.
+torch.nn.functional.linear of fp16 tensors is beside them, to tell a slow host from slow code.
+
+A dry run puts functions that do nothing in libcuda's place: it tells the cost of Python and ctypes alone, and is no measurement
+of a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import glu4
+import glu4.nn
+from glu4.backends.hopper import launch
+from glu4.backends.hopper.spec import shipped
+from glu4.compiled import driver, store
+
+CALLS, ROUNDS = 50, 100
+N, K = 4096, 7168
+
+
+class Nothing:
+    """libcuda, doing nothing. Handles are 1; a launch goes through ctypes to a C function that compares two arguments."""
+
+    def __init__(self) -> None:
+        self.cuLaunchKernelEx = ctypes.CDLL(None).pthread_equal
+        self.cuLaunchKernelEx.argtypes = (ctypes.c_void_p,) * 4
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def call(*args: Any) -> int:
+            if name in ("cuLibraryLoadData", "cuLibraryGetKernel", "cuCtxGetCurrent"):
+                args[0]._obj.value = 1
+            return 0
+
+        return call
+
+
+def pretend() -> None:
+    """Make the CPU a Hopper GPU on which nothing runs."""
+    nothing = Nothing()
+    sizes = [128, 8, 24, 8, 8, 8, 16, 16, 4, 4, 4, 4, 24, 1]
+    form = {"entry": "", "params": sizes, "threads": 256, "shared_bytes": 1000, "pdl": True}
+    driver._cuda = lambda: nothing
+    store.find = lambda spec: (b"", form)
+    launch.is_hopper = lambda device: True
+    launch._properties = lambda index: ("nothing", 132)
+    torch._C._cuda_getDevice = lambda: -1
+    torch._C._cuda_getCurrentRawStream = lambda index: 7
+    torch.cuda.synchronize = lambda: None
+
+
+@contextmanager
+def _no_collection() -> Any:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def host_time(call: Callable[[], object]) -> dict[str, float]:
+    """Median and minimum microseconds a call."""
+    for _ in range(CALLS):
+        call()
+    torch.cuda.synchronize()
+    times = []
+    with _no_collection():
+        for _ in range(ROUNDS):
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            times.append((time.perf_counter() - start) / CALLS * 1e6)
+            torch.cuda.synchronize()
+    return {"us": round(statistics.median(times), 2), "us_min": round(min(times), 2)}
+
+
+def load_times() -> dict[str, float]:
+    """Median, minimum and maximum milliseconds for one kernel, of all that are compiled, each loaded for the first time."""
+    torch.cuda.synchronize()
+    times = []
+    index = torch._C._cuda_getDevice()
+    for spec in shipped():
+        start = time.perf_counter()
+        kernel = launch._kernel(spec)
+        if kernel is not None:
+            kernel.load(index)
+            times.append((time.perf_counter() - start) * 1e3)
+    found = {"ms": statistics.median(times), "ms_min": min(times), "ms_max": max(times)}
+    return {**{k: round(v, 3) for k, v in found.items()}, "kernels": len(times)}
+
+
+def operand(n: int, k: int, device: str) -> glu4.NVFP4Tensor:
+    return glu4.quantize(torch.randn(n, k, device=device))
+
+
+def raw(x: Tensor, weights: glu4.GatedWeights) -> Callable[[], object]:
+    """The launch alone: the kernel chosen, the output there."""
+    (m, k), n = x.shape, weights.shape[0]
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    index, packed, scales = x.get_device(), weights.packed, weights.scales
+    chosen = launch.choice(m, n, k, True, x.dtype, x.dtype, index)
+    assert chosen is not None
+    source, target = (x.data_ptr(), m, k, 2 * k), (out.data_ptr(), m, n, n)
+    return lambda: launch.submit(chosen, index, source, packed, scales, None, (None, None), glu4.SILU, target, True)
+
+
+def operator(x: Tensor, weights: glu4.GatedWeights) -> Callable[[], object]:
+    """The operator itself, which is what a graph of torch.compile calls."""
+    out = torch.empty(x.shape[0], weights.shape[0], dtype=x.dtype, device=x.device)
+    gate, up = ([w.codes, w.block_scale.view(torch.uint8), w.global_scale] for w in (weights.gate, weights.up))
+    rest = (weights.packed, None, None, "swish", [1.0, 0.0, float("inf")], "")
+    return lambda: torch.ops.glu4.dual_gemm(out, [x], gate, up, *rest)
+
+
+def calls(m: int, n: int, k: int, device: str) -> dict[str, Callable[[], object]]:
+    """What is timed, by name."""
+    weights = glu4.GatedWeights(operand(n, k, device), operand(n, k, device)).prepare(device)
+    one = glu4.LinearWeight(operand(n, k, device)).prepare(device)
+    x = torch.randn(m, k, device=device).half()
+    x4, out = glu4.quantize(x), torch.empty(m, n, dtype=x.dtype, device=device)
+    mlp = glu4.nn.GatedMLP(weights, nn.Identity())
+    linear = glu4.nn.NVFP4Linear(one.matrix)
+    dense = torch.randn(n, k, device=device).half()
+    return {
+        "raw launch": raw(x, weights),
+        "dual_gemm W4A16": lambda: glu4.dual_gemm(x, weights),
+        "dual_gemm W4A16, out given": lambda: glu4.dual_gemm(x, weights, out=out),
+        "dual_gemm W4A4": lambda: glu4.dual_gemm(x4, weights, out_dtype=torch.float16),
+        "linear W4A16": lambda: glu4.linear(x, one),
+        "linear W4A4": lambda: glu4.linear(x4, one, out_dtype=torch.float16),
+        "GatedMLP, without its down_proj": lambda: mlp(x),
+        "NVFP4Linear": lambda: linear(x),
+        "torch.ops.glu4.dual_gemm": operator(x, weights),
+        "torch.nn.functional.linear fp16": lambda: nn.functional.linear(x, dense),
+    }
+
+
+def many_sizes(device: str, n: int, k: int) -> Callable[[], object]:
+    """A call with another M each time, as a server makes them."""
+    weights = glu4.GatedWeights(operand(n, k, device), operand(n, k, device)).prepare(device)
+    x = torch.randn(512, k, device=device).half()
+    sizes = [1 + i * 37 % 512 for i in range(512)]
+    at = 0
+
+    def call() -> None:
+        nonlocal at
+        at += 1
+        glu4.dual_gemm(x[: sizes[at % 512]], weights)
+
+    return call
+
+
+def environment(dry: bool) -> dict[str, Any]:
+    from glu4.bench.machine import commit
+    from glu4.bench.machine import environment as gpu
+
+    here = {"torch": str(torch.__version__), "python": platform.python_version()} if dry else gpu()
+    return {**here, "cpu": platform.processor() or platform.machine(), "commit": commit()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--commit", default="", help="recorded with the result where there is no git")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    if args.dry:
+        pretend()
+    else:
+        torch.zeros(1, device="cuda")
+    device, n, k = ("cpu", 64, 64) if args.dry else ("cuda", N, K)
+    loaded = load_times()
+    print(f"kernel load     median {loaded['ms']:.3f} ms, maximum {loaded['ms_max']:.3f} ms, {loaded['kernels']} kernels")
+    rows = []
+    with torch.inference_mode():
+        timed = [(1, name, call) for name, call in calls(1, n, k, device).items()]
+        timed.append((0, "dual_gemm W4A16, M from 1 to 512", many_sizes(device, n, k)))
+        for m, name, call in timed:
+            rows.append({"call": name, "m": m or None, "n": n, "k": k, **host_time(call)})
+            print(f"{name:34} {rows[-1]['us']:8.2f} us (min {rows[-1]['us_min']:.2f})", flush=True)
+    if args.output:
+        document = {
+            **environment(args.dry),
+            **({"commit": args.commit} if args.commit else {}),
+            "method": " ".join((__doc__ or "").split("Method: ")[1].split("A dry run")[0].split()),
+            "kernel load": loaded,
+            "rows": rows,
+        }
+        args.output.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

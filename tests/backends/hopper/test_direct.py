@@ -1,0 +1,547 @@
+"""The eager path with a Hopper device made of Python (`fake_hopper`): right results for every kind of call, the same bits as the
+operator, the short way taken where it should be and only there, and the same refusals."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fake_hopper import FakeCuda, fake_hopper
+from glu4 import (
+    IDENTITY,
+    SILU,
+    GatedWeights,
+    LinearWeight,
+    NVFP4Tensor,
+    UnsupportedError,
+    clamped_silu,
+    dual_gemm,
+    linear,
+    ops,
+    quantize,
+    reference,
+)
+from glu4 import weights as weights_module
+from glu4.backends.hopper import direct, launch
+from operands import full_range
+
+Operand = torch.Tensor | NVFP4Tensor
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+    with fake_hopper(monkeypatch) as fake, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield fake
+
+
+def tokens(seed: int, *shape: int, kind: str = "float16") -> Operand:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return quantize(x) if kind == "nvfp4" else x.to(getattr(torch, kind))
+
+
+def pair(seed: int, *shape: int, **biases: torch.Tensor) -> GatedWeights:
+    return GatedWeights(full_range(seed, *shape), full_range(seed + 1, *shape), **biases)
+
+
+def expected(x: Operand, w: GatedWeights | NVFP4Tensor, dtype: torch.dtype, **kwargs: Any) -> torch.Tensor:
+    if isinstance(w, NVFP4Tensor):
+        return reference.linear(x, w, out_dtype=dtype, **kwargs)
+    return reference.dual_gemm(x, w.gate, w.up, gate_bias=w.gate_bias, up_bias=w.up_bias, out_dtype=dtype, **kwargs)
+
+
+class Long(Exception):
+    """The long way was taken."""
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that do not take the short way fail."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise Long
+
+    monkeypatch.setattr(ops, "check_dense", refuse)
+
+
+# ---- results ----
+
+
+@given(
+    seed=st.integers(0, 2**20),
+    lead=st.lists(st.integers(1, 3), max_size=2),
+    m=st.integers(1, 70),
+    n=st.integers(1, 100),
+    blocks=st.integers(1, 9),
+    kind=st.sampled_from(["float16", "bfloat16", "nvfp4"]),
+    out_dtype=st.sampled_from([None, *DTYPES]),
+    activation=st.sampled_from([SILU, IDENTITY, clamped_silu(0.5)]),
+    bias=st.sampled_from([None, torch.float32, torch.bfloat16]),
+    one=st.booleans(),
+    free=st.booleans(),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_plain_call_is_right_by_the_short_way(cuda: FakeCuda, short: None, seed: int, lead: list[int], m: int, n: int,
+                                                  blocks: int, kind: str, out_dtype: torch.dtype | None, activation: Any,
+                                                  bias: torch.dtype | None, one: bool, free: bool) -> None:  # fmt: skip
+    k = 16 * blocks
+    x = tokens(seed, *lead, m, k, kind=kind)
+    if isinstance(x, NVFP4Tensor):
+        x = NVFP4Tensor(x.codes, x.block_scale, torch.tensor(0.0123))
+    vector = None if bias is None else torch.randn(n, generator=torch.Generator().manual_seed(seed)).to(bias)
+    dtype = out_dtype or (torch.bfloat16 if isinstance(x, NVFP4Tensor) else x.dtype)
+    before = len(cuda.launches)
+    if one:
+        weight = full_range(seed, n, k)
+        got = linear(x, LinearWeight(weight).prepare("cpu", free_original=free), bias=vector, out_dtype=out_dtype)
+        want = expected(x, weight, dtype, bias=vector)
+    else:
+        w = pair(seed, n, k, gate_bias=vector)  # type: ignore[arg-type]
+        got, want = None, expected(x, w, dtype, activation=activation)
+        got = dual_gemm(x, w.prepare("cpu", free_original=free), activation=activation, out_dtype=out_dtype)
+    assert got.dtype == dtype
+    assert torch.equal(got.view(torch.int16), want.view(torch.int16)) or torch.equal(got, want)
+    assert len(cuda.launches) == before + 1
+    assert (cuda.launches[-1].device, cuda.launches[-1].stream) == (-1, cuda.stream)
+
+
+@pytest.mark.parametrize("kind", ["float16", "nvfp4"])
+def test_the_operator_gives_the_same_bits_and_launches_the_same(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    w = pair(1, 72, 80, gate_bias=torch.randn(72), up_bias=torch.randn(72).half()).prepare("cpu")
+    weight, x = LinearWeight(full_range(3, 72, 80)).prepare("cpu"), tokens(2, 5, 80, kind=kind)
+    for call in (lambda: dual_gemm(x, w), lambda: linear(x, weight, bias=w.gate_bias)):
+        results = []
+        for way in ("short", "at once", "operator"):
+            with monkeypatch.context() as patch:
+                if way != "short":
+                    patch.setattr(launch, "_C", launch._C)
+                    for prepared in (w, weight):
+                        patch.setattr(prepared, "direct", None)
+                if way == "operator":
+                    patch.setattr(ops, "ordinary", lambda *_: False)
+                results.append(call())
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+    shapes = [(e.spec, e.grid, e.attributes, e.tensor_map[8:], e.parameters[13:17]) for e in cuda.launches]
+    assert shapes[0] == shapes[1] == shapes[2]
+    assert shapes[3] == shapes[4] == shapes[5]
+
+
+def test_views_of_x(cuda: FakeCuda, short: None) -> None:
+    w, wide = pair(1, 40, 80).prepare("cpu"), torch.randn(9, 96).half()
+    for x in (wide[:, :80], wide[::2, 16:], wide[3:4, :80], wide[2:3, 16:]):
+        assert torch.equal(dual_gemm(x, w), expected(x, w, torch.float16))
+        row = cuda.launches[-1]
+        assert row.parameters[0] == x.shape[0]
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t[:, 1:81],  # not at 16 bytes
+        lambda t: t.flatten()[: 90 * 100].view(90, 100)[:, :80],  # rows not in steps of 16 bytes
+        lambda t: t[:, 8:168:2],  # columns apart
+        lambda t: t[:80].t(),
+        lambda t: t[:1, :80].expand(5, 80),
+        lambda t: t.flatten()[: 80 + 4 * 8].as_strided((5, 80), (8, 1)),  # rows that overlap
+        lambda t: t[:8, :80].unflatten(0, (2, 4)),
+    ],
+)
+def test_views_that_no_tensor_map_takes_are_copied(cuda: FakeCuda, view: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    x, w = view(torch.randn(96, 192).half()), pair(1, 40, 80).prepare("cpu")
+    assert torch.equal(dual_gemm(x, w), expected(x, w, torch.float16))
+    assert len(cuda.launches) == 1
+
+
+def test_out(cuda: FakeCuda, short: None) -> None:
+    x, w = tokens(1, 2, 4, 80), pair(1, 40, 80).prepare("cpu")
+    flat = x.view(8, 80)
+    want = expected(x, w, torch.float16)
+    whole, wide = torch.zeros(2, 4, 40).half(), torch.full((8, 50), 3.0).half()
+    assert dual_gemm(x, w, out=whole) is whole
+    assert torch.equal(whole, want)
+    view = wide[:, 4:44]
+    assert dual_gemm(flat, w, out=view) is view
+    assert torch.equal(view, want.view(8, 40))
+    assert (wide[:, :4] == 3).all()
+    assert (wide[:, 44:] == 3).all()
+    other = torch.zeros(8, 40).bfloat16()
+    assert torch.equal(dual_gemm(flat, w, out=other), expected(flat, w, torch.bfloat16))
+    version = other._version
+    dual_gemm(flat, w, out=other)
+    assert other._version == version + 1  # what autograd has saved of it is known to be overwritten
+    buffer = torch.zeros(8, 128).half()
+    buffer[:, :80] = flat
+    beside = buffer[:, 88:]
+    with pytest.raises(Long):  # x and out interleave in memory: the long way looks closer
+        dual_gemm(buffer[:, :80], w, out=beside)
+
+
+def test_out_of_any_strides(cuda: FakeCuda) -> None:
+    x, w = tokens(1, 8, 80), pair(1, 40, 80).prepare("cpu")
+    want = expected(x, w, torch.float16)
+    for out in (torch.zeros(40, 8).half().t(), torch.zeros(8, 80).half()[:, ::2], torch.zeros(16, 40).half()[::2]):
+        assert dual_gemm(x, w, out=out) is out
+        assert torch.equal(out, want)
+    apart = torch.zeros(40, 4, 2).half().permute(2, 1, 0)
+    dual_gemm(x.view(2, 4, 80), w, out=apart)
+    assert torch.equal(apart.flatten(0, 1), want)
+    buffer = torch.zeros(8, 128).half()
+    buffer[:, :80] = x
+    assert torch.equal(dual_gemm(buffer[:, :80], w, out=buffer[:, 88:]), want)
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "nvfp4"])
+def test_batches_are_launched_one_by_one(cuda: FakeCuda, kind: str) -> None:
+    w = pair(1, 3, 40, 80, gate_bias=torch.randn(3, 40))
+    x = tokens(2, 3, 5, 80, kind=kind)
+    want = expected(x, w, torch.float16)
+    for _ in range(2):
+        assert torch.equal(dual_gemm(x, w, out_dtype=torch.float16), want)
+    assert len(cuda.launches) == 6
+    assert w.packed is not None
+    stack = LinearWeight(full_range(4, 3, 40, 80))
+    assert torch.equal(
+        linear(x, stack, bias=w.gate_bias),
+        expected(x, stack.matrix, torch.bfloat16 if kind == "nvfp4" else x.dtype, bias=w.gate_bias),
+    )  # type: ignore[union-attr]
+    out = torch.zeros(40, 5, 3).half().permute(2, 1, 0)
+    assert torch.equal(dual_gemm(x, w, out=out), want)
+
+
+@pytest.mark.parametrize("swizzled", [False, True])
+@pytest.mark.parametrize("lead", [(3,), (2, 2)])
+def test_matrices_of_tokens_with_a_global_scale_each(cuda: FakeCuda, lead: tuple[int, ...], swizzled: bool) -> None:
+    x = torch.randn(*lead, 5, 80, generator=torch.Generator().manual_seed(1))
+    x *= torch.linspace(0.1, 9, x[..., 0, 0].numel()).view(*lead, 1, 1)
+    q = quantize(x, layout="swizzled" if swizzled else "linear")
+    assert q.global_scale.shape == lead
+    w, out = pair(1, 40, 80).prepare("cpu"), torch.zeros(40, *lead, 5).bfloat16().movedim(0, -1)
+    want = expected(q, w, torch.bfloat16)
+    assert torch.equal(dual_gemm(q, w), want)
+    assert len(cuda.launches) == q.global_scale.numel()
+    assert torch.equal(dual_gemm(q, w, out=out), want)
+    shared = NVFP4Tensor(q.codes, q.block_scale, torch.tensor(0.01))
+    assert torch.equal(dual_gemm(shared, w), expected(shared, w, torch.bfloat16))
+    assert len(cuda.launches) == 2 * q.global_scale.numel() + 1
+
+
+def test_nothing_to_compute(cuda: FakeCuda) -> None:
+    w, stack = pair(1, 40, 80).prepare("cpu"), pair(1, 0, 40, 80)
+    assert dual_gemm(torch.zeros(0, 80).half(), w).shape == (0, 40)
+    assert dual_gemm(torch.zeros(2, 0, 80).half(), w).shape == (2, 0, 40)
+    assert dual_gemm(torch.zeros(0, 5, 80).half(), stack).shape == (0, 5, 40)
+    assert dual_gemm(quantize(torch.zeros(0, 80)), w).shape == (0, 40)
+    assert not cuda.launches
+
+
+def test_exact_values_of_tokens(cuda: FakeCuda) -> None:
+    """decode's table against the format's own."""
+    for x in (full_range(1, 70, 96), full_range(2, 3, 5, 32)):
+        assert torch.equal(launch.decode(x).view(torch.int16), x.decode(torch.float16).view(torch.int16))
+        assert torch.equal(launch.decode(x.to_swizzled()), x.decode(torch.float16))
+
+
+# ---- scales, biases and memory are looked at in each call ----
+
+
+def test_values_that_change_in_place_count(cuda: FakeCuda, short: None) -> None:
+    w = pair(1, 40, 80, gate_bias=torch.randn(40), up_bias=torch.randn(40).half()).prepare("cpu")
+    x = tokens(1, 5, 80)
+    for change in (
+        lambda: w.gate.global_scale.mul_(2),
+        lambda: w.gate_bias.add_(1),
+        lambda: w.up_bias.add_(1),
+        lambda: x.mul_(3),
+    ):
+        change()
+        assert torch.equal(dual_gemm(x, w), expected(x, w, torch.float16))
+
+
+def test_biases_of_any_strides(cuda: FakeCuda, short: None) -> None:
+    x, wide = tokens(1, 5, 80), torch.randn(40, 2)
+    w = pair(1, 40, 80, gate_bias=wide[:, 0], up_bias=wide[:, 1])
+    assert torch.equal(dual_gemm(x, w.prepare("cpu")), expected(x, w, torch.float16))
+
+
+def test_many_sizes_take_no_more_memory(cuda: FakeCuda, short: None) -> None:
+    w, x = pair(1, 4096, 16).prepare("cpu"), torch.randn(600, 16).half()
+    for m in (1, 600, 7, 300, 64, 65, 128, 129, 1, 20):
+        assert torch.equal(dual_gemm(x[:m], w), expected(x[:m], w, torch.float16))
+    kernels = {launch._kernel(spec) for spec in {e.spec for e in cuda.launches}}
+    assert len(kernels) > 1
+    assert all(len(k._frames) == 1 for k in kernels)  # type: ignore[union-attr]
+    assert launch.choice.cache_info().maxsize == 1 << 14
+
+
+def test_threads_that_call_with_one_weight_at_once(cuda: FakeCuda, short: None) -> None:
+    """Launches wait before they read their memory, so that shared memory would be overwritten by then."""
+    w = pair(1, 40, 80).prepare("cpu")
+    x = [tokens(m, m, 80) for m in range(1, 9)]
+    want = [expected(t, w, torch.float16) for t in x]
+    dual_gemm(x[0], w)
+    cuda.pause = 0.002
+    with ThreadPoolExecutor(8) as pool:
+        for i, got in enumerate(pool.map(lambda i: dual_gemm(x[i % 8], w), range(80))):
+            assert torch.equal(got, want[i % 8]), i
+
+
+# ---- when the operator has to run ----
+
+
+class Watching(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_and_tracers_see_the_operator(cuda: FakeCuda) -> None:
+    w, weight, x = pair(1, 40, 80).prepare("cpu"), LinearWeight(full_range(1, 40, 80)).prepare("cpu"), tokens(1, 5, 80)
+    want = dual_gemm(x, w)
+    with Watching() as mode:
+        assert torch.equal(dual_gemm(x, w), want)
+        linear(x, weight)
+    assert [s for s in mode.seen if "glu4" in s] == ["glu4.dual_gemm.default", "glu4.linear.default"]
+    with torch.device("cpu"):
+        assert torch.equal(dual_gemm(x, w), want)
+    launched = len(cuda.launches)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        assert dual_gemm(fake.from_tensor(x), w).shape == (5, 40)
+    assert len(cuda.launches) == launched
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    traced = make_fx(lambda x: dual_gemm(x, w))(x)
+    assert "glu4.dual_gemm" in traced.code
+    assert torch.equal(traced(x), want)
+
+
+def test_compiled_graphs(cuda: FakeCuda) -> None:
+    w, weight, x = pair(1, 48, 80).prepare("cpu"), LinearWeight(full_range(1, 40, 48)).prepare("cpu"), tokens(1, 5, 80)
+    freed = pair(1, 48, 80).prepare("cpu", free_original=True)
+    for weights in (w, freed):
+
+        def both(x: torch.Tensor, weights: GatedWeights = weights) -> torch.Tensor:
+            return linear(dual_gemm(x, weights).relu(), weight, out_dtype=torch.bfloat16) + 1
+
+        compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), both(x))
+    assert {e.spec.dual for e in cuda.launches} == {True, False}
+
+
+def test_wrappers_and_subclasses_go_the_long_way(cuda: FakeCuda) -> None:
+    class Subclass(torch.Tensor):
+        pass
+
+    w, x = pair(1, 40, 80).prepare("cpu"), tokens(1, 5, 80)
+    assert isinstance(x, torch.Tensor)
+    want = dual_gemm(x, w)
+    assert torch.equal(dual_gemm(torch.nn.Parameter(x, requires_grad=False), w), want)
+    assert torch.equal(dual_gemm(x.as_subclass(Subclass), w), want)  # type: ignore[arg-type]
+    negated = torch.view_as_complex(torch.stack((x.float(), x.float()), -1)).conj().imag
+    assert negated.is_neg()
+    assert torch.equal(dual_gemm(negated, w, backend="portable"), dual_gemm(-x.float(), w, backend="portable"))
+    with pytest.raises(TypeError, match=r"expected a dense tensor, got torch.sparse_coo"):
+        dual_gemm(x.to_sparse(), w)
+
+
+def test_inference_mode_and_autograd(cuda: FakeCuda) -> None:
+    w, x = pair(1, 40, 80).prepare("cpu"), tokens(1, 5, 80)
+    assert isinstance(x, torch.Tensor)
+    want = dual_gemm(x, w)
+    with torch.inference_mode():
+        made = dual_gemm(x, w)
+        assert made.is_inference()
+        assert torch.equal(dual_gemm(x.clone(), w, out=made), want)
+    wants = x.clone().requires_grad_()
+    with pytest.raises(ValueError, match="x requires grad, and glu4 has no backward pass yet"):
+        dual_gemm(wants, w)
+    with pytest.raises(ValueError, match="out requires grad"):
+        dual_gemm(x, w, out=torch.zeros(5, 40).half().requires_grad_())
+    with pytest.raises(ValueError, match="bias requires grad"):
+        linear(x, LinearWeight(full_range(1, 40, 80)).prepare("cpu"), bias=torch.zeros(40, requires_grad=True))
+    with torch.no_grad():
+        assert torch.equal(dual_gemm(wants, w), want)
+
+
+BAD: list[tuple[Callable[[torch.Tensor, GatedWeights, LinearWeight], object], type[Exception], str]] = [
+    (lambda x, w, v: dual_gemm(x[:, :64], w), ValueError, "x has K = 64 and gate has K = 80"),
+    (lambda x, w, v: dual_gemm(x[0], w), ValueError, r"x: expected \[..., M, K\], got shape \[80\]"),
+    (lambda x, w, v: dual_gemm(quantize(x[:, :64]), w), ValueError, "x has K = 64 and gate has K = 80"),
+    (
+        lambda x, w, v: dual_gemm(x, GatedWeights(w.gate, w.up, None, torch.zeros(40).int(), None).prepare("cpu")),
+        TypeError,
+        "gate_bias: expected float16, bfloat16 or float32, got torch.int32",
+    ),
+    (
+        lambda x, w, v: dual_gemm(x, GatedWeights(w.gate, w.up, None, None, torch.zeros(40).int()).prepare("cpu")),
+        TypeError,
+        "up_bias: expected float16, bfloat16 or float32, got torch.int32",
+    ),
+    (lambda x, w, v: dual_gemm(x.double(), w, out_dtype=torch.float16), TypeError, "x: expected float16, bfloat16 or float32"),
+    (lambda x, w, v: dual_gemm(x.double(), w), TypeError, "x: expected float16, bfloat16 or float32"),
+    (lambda x, w, v: dual_gemm("x", w), TypeError, "x: expected an NVFP4Tensor or a torch.Tensor, got str"),  # type: ignore[arg-type]
+    (lambda x, w, v: dual_gemm(x.to("meta"), w), ValueError, "gate is on cpu, x is on meta"),
+    (lambda x, w, v: dual_gemm(x, w, activation="silu"), TypeError, "activation: expected a glu4.Activation"),  # type: ignore[arg-type]
+    (lambda x, w, v: dual_gemm(x, w, out_dtype=torch.int8), TypeError, "out_dtype: expected float16"),
+    (lambda x, w, v: dual_gemm(x, w, out=[0.0]), TypeError, "out: expected a torch.Tensor, got list"),  # type: ignore[arg-type]
+    (
+        lambda x, w, v: dual_gemm(x, w, out=torch.zeros(5, 41).half()),
+        ValueError,
+        r"out: expected shape \[5, 40\], got \[5, 41\]",
+    ),
+    (lambda x, w, v: dual_gemm(x, w, out=torch.zeros(5, 40, device="meta").half()), ValueError, "out is on meta, x is on cpu"),
+    (
+        lambda x, w, v: dual_gemm(x, w, out=torch.zeros(1, 40).half().expand(5, 40)),
+        ValueError,
+        "several of its elements are one",
+    ),
+    (
+        lambda x, w, v: dual_gemm(x, w, out=torch.zeros(5, 40), out_dtype=torch.float16),
+        TypeError,
+        "out: expected torch.float16, got torch.float32",
+    ),
+    (lambda x, w, v: dual_gemm(x, w, out=x[:, :40]), ValueError, "out overlaps x in memory"),
+    (lambda x, w, v: dual_gemm(x, w, backend="fastest"), ValueError, "backend: expected one of hopper, portable or None"),
+    (lambda x, w, v: linear(x, v, bias=torch.zeros(41)), ValueError, r"bias: expected shape \[40\], got \[41\]"),
+    (lambda x, w, v: linear(x, v, bias=torch.zeros(40).int()), TypeError, "bias: expected float16, bfloat16 or float32"),
+    (lambda x, w, v: linear(x, v, bias=[0.0] * 40), TypeError, "bias: expected a torch.Tensor, got list"),  # type: ignore[arg-type]
+    (lambda x, w, v: linear(x, v, bias=torch.zeros(40, device="meta")), ValueError, "bias is on meta, x is on cpu"),
+    (lambda x, w, v: linear(x, w), TypeError, "weight: expected an NVFP4Tensor, got GatedWeights"),  # type: ignore[arg-type]
+    (lambda x, w, v: dual_gemm(x, v), TypeError, "weights: expected GatedWeights or a"),  # type: ignore[arg-type]
+]
+
+
+@pytest.mark.parametrize("index", range(len(BAD)))
+def test_the_same_refusals_for_prepared_weights(cuda: FakeCuda, index: int) -> None:
+    call, error, message = BAD[index]
+    w, weight = pair(1, 40, 80).prepare("cpu"), LinearWeight(full_range(1, 40, 80)).prepare("cpu")
+    with pytest.raises(error, match=message):
+        call(torch.zeros(5, 80).half(), w, weight)
+    assert not cuda.launches
+
+
+def test_backends_by_name(cuda: FakeCuda) -> None:
+    w, x = pair(1, 40, 80).prepare("cpu"), tokens(1, 5, 80)
+    assert torch.equal(dual_gemm(x, w, backend="hopper"), expected(x, w, torch.float16))
+    assert len(cuda.launches) == 1
+    dual_gemm(x, w, backend="portable")
+    dual_gemm(x.float(), w)  # type: ignore[union-attr]
+    assert dual_gemm(x.float(), w, out_dtype=torch.float16).dtype == torch.float16  # type: ignore[union-attr]
+    assert len(cuda.launches) == 1
+
+
+def test_tokens_on_another_device_than_the_weights(cuda: FakeCuda) -> None:
+    w, x = pair(1, 40, 80).prepare("cpu"), tokens(1, 5, 80)
+    assert w.direct is not None
+    w.direct._index = 5  # so that x is not where they are
+    for operand in (x, quantize(x)):  # type: ignore[arg-type]
+        dual_gemm(operand, w)
+        assert cuda.launches[-1].device == -1
+
+
+def test_the_current_device_may_be_another(cuda: FakeCuda) -> None:
+    w, x = pair(1, 40, 80).prepare("cpu"), tokens(1, 5, 80)
+    cuda.device = 3
+    assert torch.equal(dual_gemm(x, w), expected(x, w, torch.float16))
+    assert (cuda.launches[-1].device, cuda.device) == (-1, 3)
+
+
+# ---- weights that were not prepared ----
+
+
+def test_unprepared_weights_are_packed_once_and_remembered(cuda: FakeCuda) -> None:
+    w, weight, x = pair(1, 40, 80), LinearWeight(full_range(1, 40, 80)), tokens(1, 5, 80)
+    assert w.packed is weight.packed is None
+    assert torch.equal(dual_gemm(x, w), expected(x, w, torch.float16))
+    assert torch.equal(linear(x, weight), expected(x, weight.matrix, torch.float16))
+    packed = w.packed, weight.packed
+    assert packed[0] is not None
+    dual_gemm(x, w)
+    linear(x, weight)
+    assert (w.packed, weight.packed) == packed
+    assert w.direct is not None
+    assert len(cuda.launches) == 4
+    assert all(6 in e.attributes for e in cuda.launches)
+    other = pair(1, 40, 80)
+    dual_gemm(x.float(), other)  # type: ignore[union-attr]
+    dual_gemm(x, other, backend="portable")
+    assert other.packed is None
+
+
+def test_bare_tensors_are_packed_by_each_call_with_one_warning(cuda: FakeCuda) -> None:
+    w, x = pair(1, 40, 80), tokens(1, 5, 80)
+    with pytest.warns(UserWarning, match=r"packed again at every call; use GatedWeights\(gate, up\)\.prepare"):
+        assert torch.equal(dual_gemm(x, (w.gate, w.up)), expected(x, w, torch.float16))
+    assert torch.equal(linear(x, w.gate), expected(x, w.gate, torch.float16))
+    assert len(cuda.launches) == 2
+    # the kernel may read weights before the work ahead of it in the stream is done, and here that work packs them
+    assert all(6 not in e.attributes for e in cuda.launches)
+
+
+def test_packing_needs_no_capture(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can be packed once and for all while a graph is captured."""
+    monkeypatch.setattr(weights_module, "_capturing", lambda device: True)
+    w, x = pair(1, 40, 80), tokens(1, 5, 80)
+    for weights in (w, (w.gate, w.up)):
+        with pytest.raises(UnsupportedError, match="a CUDA graph is being captured, and these are not packed yet; prepare"):
+            dual_gemm(x, weights)
+
+
+def test_memory_that_runs_out_leaves_everything_usable(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, x = pair(1, 40, 80), tokens(1, 5, 80)
+    want = expected(x, w, torch.float16)
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights_module, "pack_gated", full)
+        for call in (lambda: w.prepare("cpu", free_original=True), lambda: dual_gemm(x, w)):
+            with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+                call()
+    assert w.packed is None
+    prepared = w.prepare("cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(direct.torch, "empty", full)
+        with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+            dual_gemm(x, prepared)
+    assert torch.equal(dual_gemm(x, prepared), want)
+
+
+def test_only_the_packed_form(cuda: FakeCuda) -> None:
+    w, x = pair(1, 40, 80), tokens(1, 5, 80)
+    want, wide = expected(x, w, torch.float16), dual_gemm(x.float(), w)  # type: ignore[union-attr]
+    freed = w.prepare("cpu", free_original=True)
+    assert freed.matrices is None
+    assert torch.equal(dual_gemm(x, freed), want)
+    assert torch.equal(dual_gemm(x.t().contiguous().t(), freed), want)  # type: ignore[union-attr]
+    with pytest.warns(UserWarning, match="prepared with free_original=True are unpacked at every call"):
+        assert torch.equal(dual_gemm(x.float(), freed), wide)  # type: ignore[union-attr]
+    assert torch.equal(dual_gemm(x.float(), freed), wide)  # type: ignore[union-attr]
+    assert freed.matrices is None
+
+
+def test_a_clone_of_packed_weights_gets_its_spare_unit_back(cuda: FakeCuda) -> None:
+    w, x, out = pair(1, 40, 80).prepare("cpu"), tokens(1, 5, 80), torch.zeros(5, 40).half()
+    assert w.packed is not None
+    gate, up = ([m.codes, m.block_scale.view(torch.uint8), m.global_scale] for m in (w.gate, w.up))
+    torch.ops.glu4.dual_gemm(out, [x], gate, up, w.packed.clone(), None, None, "swish", [1.0, 0.0, float("inf")], "hopper")
+    assert torch.equal(out, dual_gemm(x, w))
+    assert cuda.launches[0].parameters[2] != w.packed.data_ptr()
+    assert [6 in e.attributes for e in cuda.launches] == [False, True]

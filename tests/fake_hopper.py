@@ -1,0 +1,236 @@
+"""A Hopper device made of Python: libcuda's calls as glu4 makes them, and kernels that compute what they are launched with.
+
+A launch is read back from the very memory that cuLaunchKernelEx is given (configuration, attributes, parameters, tensor map), the
+operands from the addresses in it, and the specified result is written to the address of the output. So the whole eager path runs
+on CPU tensors, and a wrong byte anywhere gives a wrong result. The CPU is device -1, as torch's get_device says.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from glu4 import dispatch, reference
+from glu4.activation import IDENTITY, Activation
+from glu4.backends.hopper import launch
+from glu4.backends.hopper.pack import UNIT_WORDS, unpack_gated, unpack_matrix
+from glu4.backends.hopper.spec import KernelSpec
+from glu4.compiled import driver, store
+
+PARAMETERS = "=iiQiiQQQQQi4xQi4xifffQiiQ"
+SIZES = [128, 8, 24, 8, 8, 8, 16, 16, 4, 4, 4, 4, 24, 1]
+TYPES = {6: torch.float16, 10: torch.bfloat16}  # in a tensor map
+CONTEXT = 77
+SHARED_BYTES = 200_000
+
+
+def memory(address: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor over memory that is there already."""
+    span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+    raw = (ctypes.c_char * (span * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(raw, dtype=dtype).as_strided(shape, stride)
+
+
+@dataclass
+class Launch:
+    """What one launch said."""
+
+    spec: KernelSpec
+    device: int
+    stream: int
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+    attributes: dict[int, tuple[int, ...]]
+    tensor_map: bytes
+    parameters: tuple[Any, ...]
+
+
+def encode(address: int, hardware_type: int, columns: int, rows: int, row_bytes: int, box: tuple[int, int]) -> bytes:
+    """The first 64 bytes of a 2-D tensor map of 16-bit values, 128-byte swizzle, as a driver writes them."""
+    word = 1 << 4 | hardware_type << 7 | 3 << 13 | 2 << 17
+    low = (
+        struct.pack("<QII", address, word, row_bytes // 16 & 0xFFFFFFFF) + bytes(12) + struct.pack("<I", row_bytes // 16 >> 32)
+    )
+    high = struct.pack("<II", columns - 1, rows - 1) + bytes(15) + bytes((box[0] - 1, box[1] - 1)) + bytes(7)
+    return low + high
+
+
+@dataclass
+class FakeCuda:
+    """libcuda. pause: seconds that a launch waits before it reads its memory, so that others may overwrite it; failures: what
+    calls return instead of success, once each."""
+
+    launches: list[Launch] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
+    failures: dict[str, int] = field(default_factory=dict)
+    device: int = -1
+    stream: int = 7
+    pause: float = 0.0
+    context: int = CONTEXT
+    mode: int = 0  # of stream capture: global
+    _images: list[bytes] = field(default_factory=list)
+
+    def _done(self, name: str) -> int:
+        self.calls.append(name)
+        return self.failures.pop(name, 0)
+
+    def cuLibraryLoadData(self, library: Any, image: bytes, *_: object) -> int:
+        self._images.append(image)
+        library._obj.value = len(self._images)
+        assert self.mode == 2, "loading is not legal while a graph is captured"
+        return self._done("cuLibraryLoadData")
+
+    def cuLibraryGetKernel(self, kernel: Any, library: ctypes.c_void_p, entry: bytes) -> int:
+        assert entry == b"entry"
+        kernel._obj.value = library.value
+        assert self.mode == 2, "loading is not legal while a graph is captured"
+        return self._done("cuLibraryGetKernel")
+
+    def cuKernelSetAttribute(self, attribute: int, value: int, kernel: object, device: int) -> int:
+        assert (attribute, device) == (8, self.device)
+        assert self.mode == 2, "loading is not legal while a graph is captured"
+        return self._done("cuKernelSetAttribute")
+
+    def cuKernelGetFunction(self, function: object, kernel: object) -> int:
+        assert self.mode == 2, "loading is not legal while a graph is captured"
+        return self._done("cuKernelGetFunction")
+
+    def cuCtxGetCurrent(self, context: Any) -> int:
+        context._obj.value = self.context
+        return self._done("cuCtxGetCurrent")
+
+    def cuDevicePrimaryCtxRetain(self, context: Any, device: int) -> int:
+        context._obj.value = CONTEXT
+        return self._done("cuDevicePrimaryCtxRetain")
+
+    def cuCtxSetCurrent(self, context: Any) -> int:
+        self.context = context.value
+        return self._done("cuCtxSetCurrent")
+
+    def cuThreadExchangeStreamCaptureMode(self, mode: Any) -> int:
+        mode._obj.value, self.mode = self.mode, mode._obj.value
+        return self._done("cuThreadExchangeStreamCaptureMode")
+
+    def cuGetErrorName(self, status: int, name: Any) -> int:
+        name._obj.value = b"CUDA_ERROR_FAKE"
+        return 0
+
+    def cuTensorMapEncodeTiled(self, target: Any, dtype: int, rank: int, address: Any, dims: Any, strides: Any, box: Any,
+                               steps: Any, interleave: int, swizzle: int, promotion: int, fill: int) -> int:  # fmt: skip
+        assert (rank, list(steps), interleave, swizzle, promotion, fill) == (2, [1, 1], 0, 3, 2, 0)
+        assert target.value % 64 == 0
+        assert address.value % 16 == 0
+        made = encode(address.value, {6: 6, 9: 10}[dtype], dims[0], dims[1], strides[0], (box[0], box[1]))
+        ctypes.memmove(target.value, made + bytes(64), 128)
+        return self._done("cuTensorMapEncodeTiled")
+
+    def cuLaunchKernelEx(self, config: int, handle: int, pointers: int, extra: None) -> int:
+        status = self._done("cuLaunchKernelEx")
+        if not status and self.context != CONTEXT:
+            return 201
+        if status:
+            return status
+        stream_then = self.stream
+        time.sleep(self.pause)
+        *sizes, shared, stream, attributes, count = struct.unpack("=7I4xQQI4x", ctypes.string_at(config, 56))
+        spec = KernelSpec.from_dict(json.loads(self._images[handle - 1]))
+        held: dict[int, tuple[int, ...]] = {}
+        for i in range(count):
+            key, *value = struct.unpack_from("=I4x3I", ctypes.string_at(attributes + 72 * i, 72))
+            held[key] = tuple(value)
+        at = (ctypes.c_void_p * len(SIZES)).from_address(pointers)
+        assert at[0] % 64 == 0
+        parameters = struct.unpack(PARAMETERS, b"".join(ctypes.string_at(p, n) for p, n in zip(at[1:], SIZES[1:-1])))
+        assert stream == stream_then or self.pause
+        launched = Launch(spec, self.device, stream, tuple(sizes[:3]), tuple(sizes[3:]), shared, held,
+                          ctypes.string_at(at[0], 128), parameters)  # fmt: skip
+        self.launches.append(launched)
+        run(launched)
+        return 0
+
+
+def tokens_of(launched: Launch) -> Tensor:
+    """The matrix that the tensor map covers; refuses a map that a driver would not write."""
+    raw, c = launched.tensor_map, launched.spec.config
+    address, word, low = struct.unpack_from("<QII", raw)
+    high, columns, rows = struct.unpack_from("<III", raw, 28)
+    dtype = TYPES[word >> 7 & 15]
+    row_bytes = (low | high << 32) * 16
+    assert raw[:64] == encode(address, word >> 7 & 15, columns + 1, rows + 1, row_bytes, (64, c.box_tokens))
+    assert address % 16 == 0
+    assert row_bytes >= 2 * (columns + 1)
+    assert launched.spec.x == ("bf16" if dtype is torch.bfloat16 else "f16")
+    return memory(address, (rows + 1, columns + 1), (row_bytes // 2, 1), dtype)
+
+
+def run(launched: Launch) -> None:
+    """Compute what the kernel would."""
+    spec, c = launched.spec, launched.spec.config
+    (m, k, weights, tiles, units, unit_stride, gate_scale, up_scale, x_scale, gate_bias, gate_n, up_bias, up_n, flags, alpha, beta,
+     limit, out, out_m, n, out_row) = launched.parameters  # fmt: skip
+    assert (out_m, gate_n, up_n, unit_stride) == (m, n, n, units * UNIT_WORDS)
+    assert launched.block == (c.threads, 1, 1)
+    assert launched.shared_bytes == SHARED_BYTES
+    assert launched.grid == c.grid(m, n, spec.dual)
+    assert launched.attributes.get(4, (1, 1, 1)) == (1, c.cluster, c.splits)
+    tokens = tokens_of(launched).double()
+    assert tokens.shape == (m, k)
+    packed = memory(weights, (tiles, units, UNIT_WORDS), (units * UNIT_WORDS, UNIT_WORDS, 1), torch.int32)
+    memory(weights + packed.nbytes, (UNIT_WORDS,), (1,), torch.int32).sum()  # the spare unit, which a stage may read
+    one = torch.tensor(1.0)
+    both = unpack_gated(packed, n, k, one, one) if spec.dual else (unpack_matrix(packed, n, k, one),) * 2
+    scales = [float(memory(s, (1,), (1,), torch.float32)) for s in (gate_scale, up_scale)]
+    factor = float(memory(x_scale, (1,), (1,), torch.float32)) if flags & 1 else 1.0
+    biases = [memory(b, (n,), (1,), torch.float32).double() if flags & f else 0.0 for b, f in ((gate_bias, 2), (up_bias, 4))]
+    gate, up = (tokens @ w.decode(torch.float64).t() * (factor * s) + b for w, s, b in zip(both, scales, biases, strict=True))
+    activation = IDENTITY if flags & 8 else Activation("swish", alpha, beta, limit)
+    dtype = torch.bfloat16 if spec.out == "bf16" else torch.float16
+    memory(out, (m, n), (out_row, 1), dtype).copy_(reference.round_once(activation(gate, up) if spec.dual else gate, dtype))
+
+
+def description(spec: KernelSpec, pdl: bool = True) -> dict[str, Any]:
+    """As the builder writes it."""
+    c = spec.config
+    return {"entry": "entry", "params": SIZES, "threads": c.threads, "shared_bytes": SHARED_BYTES, "pdl": pdl}
+
+
+def forget() -> None:
+    """What this process remembers of kernels and warnings."""
+    launch.forget()
+    for remembered in (dispatch._provide, dispatch._compile, dispatch.warn_once, driver._primary_context):
+        remembered.cache_clear()
+
+
+@contextmanager
+def _current_device(cuda: FakeCuda, index: int) -> Iterator[None]:
+    before, cuda.device = cuda.device, index
+    yield
+    cuda.device = before
+
+
+@contextmanager
+def fake_hopper(monkeypatch: pytest.MonkeyPatch, compiled: bool = True) -> Iterator[FakeCuda]:
+    """The CPU as a Hopper GPU, with every kernel compiled or with none."""
+    cuda = FakeCuda()
+    find = (lambda spec: (json.dumps(spec.to_dict()).encode(), description(spec))) if compiled else (lambda spec: None)
+    monkeypatch.setattr(driver, "_cuda", lambda: cuda)
+    monkeypatch.setattr(store, "find", find)
+    monkeypatch.setattr(launch, "is_hopper", lambda device: device.type == "cpu")
+    monkeypatch.setattr(launch, "_properties", lambda index: ("Fake Hopper", 132))
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: cuda.device, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: cuda.stream, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: _current_device(cuda, index))
+    forget()
+    yield cuda
+    forget()
