@@ -8,7 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.fake_gpu import FakeGpu
-from glu4.bench.timing import COLD_BYTES, REPLAY_MS, TIMED, WARM_UPS, Cuda, Failure, Timing, copies, describe, interleaved
+from glu4.bench.timing import (
+    COLD_BYTES,
+    REPLAY_MS,
+    TIMED,
+    TURNS,
+    WARM_UPS,
+    Cuda,
+    Failure,
+    Timing,
+    copies,
+    describe,
+    interleaved,
+)
 
 
 class Contender:
@@ -29,10 +41,10 @@ def test_a_replay_lasts_about_eight_milliseconds_and_a_call_gets_its_share() -> 
     assert isinstance(found, Timing)
     assert found.us == pytest.approx(50)
     assert found.us_min == pytest.approx(50)
-    assert found.samples == TIMED
+    assert found.samples == TURNS * TIMED
     # one round to capture and two to see how long it takes, one capture of 40 rounds, then the replays
     rounds = round(REPLAY_MS / (4 * 0.05))
-    assert len(log) == 4 * (3 + rounds * (1 + WARM_UPS + TIMED))
+    assert len(log) == 4 * (3 + rounds * (1 + TURNS * (WARM_UPS + TIMED)))
 
 
 def test_contenders_take_turns() -> None:
@@ -40,13 +52,14 @@ def test_contenders_take_turns() -> None:
     # each call is as long as a replay shall be, so that a replay is one call
     found = interleaved({name: [Contender(name, gpu, REPLAY_MS, log)] for name in "abc"}, gpu)
     assert list(found) == ["a", "b", "c"]
-    assert log[-3 * (WARM_UPS + TIMED) :] == list("abc") * (WARM_UPS + TIMED)
+    turn = WARM_UPS + TIMED
+    assert log[-3 * TURNS * turn :] == (["a"] * turn + ["b"] * turn + ["c"] * turn) * TURNS
 
 
 def test_warm_ups_do_not_count_and_the_median_and_minimum_are_of_the_rest() -> None:
     gpu = FakeGpu()
     # capturing and estimating take three calls
-    lengths = iter([8.0] * 3 + [100.0] * WARM_UPS + [8.0 + i * i / 10 for i in range(TIMED)])
+    lengths = iter([8.0] * 3 + ([100.0] * WARM_UPS + [8.0 + i * i / 10 for i in range(TIMED)]) * TURNS)
     found = interleaved({"a": [lambda: gpu.spend(next(lengths))]}, gpu)["a"]
     assert isinstance(found, Timing)
     assert found.us == pytest.approx(12900)  # i = 7
@@ -67,7 +80,7 @@ def test_one_that_raises_leaves_the_others_alone(at: int) -> None:
 
     found = interleaved({"bad": [failing], "good": [lambda: gpu.spend(REPLAY_MS)]}, gpu)
     assert found["bad"] == Failure("RuntimeError: no kernel here")
-    assert found["good"] == Timing(pytest.approx(8000), pytest.approx(8000), TIMED)
+    assert found["good"] == Timing(pytest.approx(8000), pytest.approx(8000), TURNS * TIMED)
 
 
 def test_a_lost_device_ends_it_and_what_was_timed_stays() -> None:
@@ -84,7 +97,7 @@ def test_a_lost_device_ends_it_and_what_was_timed_stays() -> None:
 
     found = interleaved({"good": [lambda: gpu.spend(REPLAY_MS)], "bad": [hanging]}, gpu)
     assert found["bad"] == Failure("TimeoutError: the kernel did not end within 20 s", fatal=True)
-    assert found["good"] == Timing(pytest.approx(8000), pytest.approx(8000), 5)
+    assert found["good"] == Timing(pytest.approx(8000), pytest.approx(8000), TIMED)
 
 
 def test_a_device_lost_at_the_start_leaves_no_times() -> None:

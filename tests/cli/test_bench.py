@@ -128,14 +128,14 @@ def test_a_run_prints_and_writes_what_it_measured(gpu: FakeGpu, tmp_path: Path) 
     assert document["commit"] == "abc1234"
     assert document["left_out"] == {"gone": "not here"}
     assert [c["when"] for c in document["clocks"]] == ["before", "after 8,64,64", "after 1,64,64"]
-    assert "in turn" in document["method"]
+    assert "2 turns" in document["method"]
     assert [(r["peer"], r["m"], r["commit"]) for r in document["rows"]] == [
         ("glu4", 8, "abc1234"),
         ("quick", 8, "abc1234"),
         ("glu4", 1, "abc1234"),
         ("quick", 1, "abc1234"),
     ]
-    assert all(r["us"] > 0 and r["samples"] == 15 for r in document["rows"])
+    assert all(r["us"] > 0 and r["samples"] == 30 for r in document["rows"])
     lines = result.stdout.splitlines()
     assert lines[1].split()[0] == "8,64,64"
     assert lines[1].endswith("quick")

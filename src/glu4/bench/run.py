@@ -13,14 +13,26 @@ from glu4.bench.contender import Contender, Row
 from glu4.bench.devices import Device
 from glu4.bench.operands import DATA, FORMATS, Checked, Operands, draw
 from glu4.bench.roofline import limit
-from glu4.bench.timing import COLD_BYTES, REPLAY_MS, TIMED, WARM_UPS, Call, Failure, Recorder, Timing, describe, interleaved
+from glu4.bench.timing import (
+    COLD_BYTES,
+    REPLAY_MS,
+    TIMED,
+    TURNS,
+    WARM_UPS,
+    Call,
+    Failure,
+    Recorder,
+    Timing,
+    describe,
+    interleaved,
+)
 
 __all__ = ["METHOD", "Lost", "Settings", "measure_shape", "run"]
 
 METHOD = (
     "Each contender: one CUDA graph over round-robin copies of weights and activations, at least two and at least "
     f"{COLD_BYTES // 10**6} MB in all, for a cold L2, in as many rounds as take about {REPLAY_MS:g} ms; {WARM_UPS} warm-up "
-    f"replays, {TIMED} timed, the replays of all contenders in turn; median and minimum, divided by the number of calls. "
+    f"replays and {TIMED} timed ones on end, {TURNS} turns each; median and minimum, divided by the number of calls. "
     "Preparing weights is not timed; decoding NVFP4 activations is. Outputs are checked before timing: fused ones by the "
     "project's checker, those of peers that round in between by the norm of their error. " + DATA
 )

@@ -1,8 +1,9 @@
-"""Times of several contenders on one GPU, replayed in turn, so that clock and temperature drift hits all alike.
+"""Times of several contenders on one GPU, in turns, so that clock and temperature drift hits all alike.
 
 A contender is a list of calls, one for each copy of its operands. Its calls are captured in one CUDA graph, as many rounds over
-the copies as take about `REPLAY_MS`; then the graphs of all contenders are replayed in turn, `WARM_UPS` times untimed and
-`TIMED` times timed. A call's time is a replay's, by CUDA events, divided by the number of calls in it.
+the copies as take about `REPLAY_MS`. In its turn a contender's graph is replayed `WARM_UPS` times untimed and `TIMED` times
+timed, on end: large problems run at the power limit, where the clock settles in some 10 ms to what the running kernel draws.
+Each has `TURNS` turns. A call's time is a replay's, by CUDA events, divided by the number of calls in it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ __all__ = [
     "COLD_BYTES",
     "REPLAY_MS",
     "TIMED",
+    "TURNS",
     "WARM_UPS",
     "Call",
     "Cuda",
@@ -32,6 +34,7 @@ __all__ = [
 REPLAY_MS = 8.0
 WARM_UPS = 3
 TIMED = 15
+TURNS = 2
 COLD_BYTES = 200_000_000  # copies of one contender in all: four times the 50 MB of L2 of an H100 or H200
 HANG_S = 20.0
 
@@ -174,9 +177,11 @@ def interleaved(contenders: Mapping[str, Sequence[Call]], recorder: Recorder) ->
             runner.times.append(ms / runner.calls * 1e3)
 
     going = all(guarded(name, lambda: prepare(name, calls)) for name, calls in contenders.items())  # noqa: B023
-    for i in range(WARM_UPS + TIMED):
-        for name, runner in list(runners.items()) if going else ():
-            going = going and guarded(name, lambda: replay(runner, i >= WARM_UPS))  # noqa: B023
+    for _ in range(TURNS):
+        for name, runner in list(runners.items()):
+            for i in range(WARM_UPS + TIMED):
+                if going and name in runners:
+                    going = guarded(name, lambda: replay(runner, i >= WARM_UPS))  # noqa: B023
     found: dict[str, Timing | Failure] = dict(failures)
     for name in contenders:
         times = runners[name].times if name in runners else []
