@@ -31,6 +31,7 @@ def fake() -> Tensor:
 
 UNUSUAL: dict[str, Callable[[], Tensor]] = {
     "sparse": lambda: torch.ones(2, 2).to_sparse(),
+    "mkldnn": lambda: torch.ones(2, 2).to_mkldnn(),
     "subclass": lambda: torch.ones(2).as_subclass(Subclass),
     "negated": lambda: torch.view_as_complex(torch.ones(2, 2)).conj().imag,
     "no memory": lambda: torch._efficientzerotensor(2),

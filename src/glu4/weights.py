@@ -20,7 +20,7 @@ __all__ = ["GatedWeights", "LinearWeight", "outline", "pack", "unpack"]
 
 _PARTS = ("codes", "block_scale", "global_scale")
 _OPTIONAL = ("input_scale", "gate_bias", "up_bias")
-_ROWS_AT_ONCE = 2048  # packing takes some 30 bytes of temporary memory a value
+_ROWS_AT_ONCE = 1024  # packing takes some 10 bytes of temporary memory a value
 
 
 # ---- the packed form ----
@@ -30,17 +30,21 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def _refuse_capture(device: torch.device) -> None:
+    if _capturing(device):
+        raise UnsupportedError(
+            "weights: a CUDA graph is being captured, and these are not packed yet; prepare GatedWeights or a LinearWeight "
+            "before (stacks [L, N, K] are packed by their first call)"
+        )
+
+
 def pack(matrices: tuple[NVFP4Tensor, ...]) -> Tensor:
     """Gate and up, or one matrix, `[N, K]` or `[L, N, K]`, as the Hopper kernels read them: of `pack_gated` or `pack_matrix`.
 
     Returns int32 `[tiles, units, 576]` or `[L, tiles, units, 576]`, followed in memory by one spare unit. Refuses to run while
     a CUDA graph is captured, because each replay would pack again.
     """
-    if _capturing(matrices[0].device):
-        raise UnsupportedError(
-            "weights: a CUDA graph is being captured, and these are not packed yet; prepare GatedWeights or a LinearWeight "
-            "before (stacks [L, N, K] are packed by their first call)"
-        )
+    _refuse_capture(matrices[0].device)
     make, rows = (pack_gated, 32) if len(matrices) == 2 else (pack_matrix, 64)
     first = matrices[0]
     stack = tuple(m.to_linear() for m in matrices)
@@ -175,6 +179,7 @@ class _Weights:
 
     def remember_packed(self) -> None:
         """What `prepare` does, for weights that reach a Hopper kernel without it: they are packed once and remembered."""
+        _refuse_capture(self.device)
         for matrix in self.originals():
             matrix.check_values()
         self._pack()

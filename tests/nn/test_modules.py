@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fake_hopper import fake_hopper
-from glu4 import reference
+from glu4 import dispatch, reference
 from glu4.activation import SILU, Activation, clamped_silu
 from glu4.backends.hopper.pack import pack_gated, pack_matrix
 from glu4.nn import GatedMLP, NVFP4Linear, set_mode
@@ -255,6 +255,18 @@ def test_packed_weights_follow_what_the_buffers_hold(monkeypatch: pytest.MonkeyP
         before = len(cuda.launches)
         assert torch.equal(empty(_x(4, 3).half()), other(_x(4, 3).half()))
         assert len(cuda.launches) == before + 2
+
+
+def test_each_module_asks_for_kernels_of_its_own_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_hopper(monkeypatch):
+        asked: list[bool] = []
+        packs = dispatch.packs
+        monkeypatch.setattr(dispatch, "packs", lambda device, dual: asked.append(dual) or packs(device, dual))
+        _bare(_weights(1))
+        assert set(asked) == {True}
+        asked.clear()
+        NVFP4Linear(_weights(1).gate)
+        assert set(asked) == {False}
 
 
 @pytest.mark.parametrize("mode", ["w4a16", "w4a4"])

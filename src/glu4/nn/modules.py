@@ -104,6 +104,7 @@ class _Prepared(_ExactBuffers, Generic[W]):
     def __init__(self) -> None:
         super().__init__()
         self._ready = None
+        # after its children, which hold the matrices
         self.register_load_state_dict_post_hook(_prepare_after_load)  # type: ignore[no-untyped-call]
 
     def _from_buffers(self) -> W:
@@ -131,10 +132,6 @@ class _Prepared(_ExactBuffers, Generic[W]):
         super()._apply(fn, recurse)
         self._prepare_again()
         return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._ready = None
-        super()._load_from_state_dict(*args, **kwargs)  # the matrices come after this; the hook prepares them
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

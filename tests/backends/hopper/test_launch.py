@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from glu4 import GatedWeights, LinearWeight, NVFP4Tensor, UnsupportedError, dual_gemm, linear, ops
+import glu4
+from glu4 import GatedWeights, LinearWeight, NVFP4Tensor, UnsupportedError, dual_gemm, ops
 from glu4.activation import SILU, clamped_silu, swiglu_oai
 from glu4.backends.hopper import launch
 from glu4.backends.hopper.config import SHIPPED, Config
@@ -129,9 +130,10 @@ def test_every_form_of_weights_gives_the_same_bits(x_format: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert all(torch.equal(dual_gemm(here.x, form), expected) for form in forms for _ in range(2))
-        out = linear(here.x, one)
-        assert all(torch.equal(linear(here.x, form), out) for form in (here.gate, LinearWeight(here.gate)) for _ in range(2))
-    assert check(full_range_case(7, 37, 264, 208, x_format=x_format, linear=True, out_dtype=out.dtype), out).ok
+        out = glu4.linear(here.x, one)
+        both = (here.gate, LinearWeight(here.gate))
+        assert all(torch.equal(glu4.linear(here.x, form), out) for form in both for _ in range(2))
+    assert check(replace(case, up=None, out_dtype=out.dtype), out).ok
 
 
 @pytest.mark.parametrize("x_format", FORMATS)
@@ -146,23 +148,26 @@ def test_the_operator_gives_the_same_bits(x_format: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("x_format", FORMATS)
-def test_batches(x_format: str) -> None:
-    cases = [full_range_case(i, 19, 72, 144, x_format=x_format) for i in range(3)]
-    gate, up = (_stacked([getattr(c, name) for c in cases]) for name in ("gate", "up"))
-    xs = [c.x for c in cases]
-    x = torch.stack(xs) if x_format != "nvfp4" else _stacked([t.to_linear() for t in xs])  # type: ignore[union-attr]
-    got = dual_gemm(x.to("cuda"), GatedWeights(gate, up).to("cuda"), out_dtype=torch.float16, backend="hopper")
-    for case, one in zip(cases, got, strict=True):
-        assert check(replace(case, out_dtype=torch.float16), one).ok
-    if x_format == "nvfp4":  # one weight, a global scale for each matrix of tokens
-        shared = dual_gemm(x.to("cuda"), prepared(cases[0]), out_dtype=torch.float16, backend="hopper")
-        for case, one in zip(cases, shared, strict=True):
-            assert check(replace(cases[0], x=case.x, out_dtype=torch.float16), one).ok
+@pytest.mark.parametrize("linear", [False, True])
+def test_batches(x_format: str, linear: bool) -> None:
+    case = full_range_case(3, 19, 72, 144, batch=3, x_format=x_format, linear=linear, bias=True)
+    here = case.to("cuda")
+    if here.up is None:
+        out = glu4.linear(here.x, LinearWeight(here.gate), bias=here.gate_bias, out_dtype=case.out_dtype, backend="hopper")
+    else:
+        weights = GatedWeights(here.gate, here.up, gate_bias=here.gate_bias, up_bias=here.up_bias)
+        out = dual_gemm(here.x, weights, out_dtype=case.out_dtype, backend="hopper")
+    assert check(case, out).ok
 
 
-def _stacked(matrices: list[NVFP4Tensor]) -> NVFP4Tensor:
-    scales = torch.stack([m.linear_block_scale().view(torch.uint8) for m in matrices]).view(torch.float8_e4m3fn)
-    return NVFP4Tensor(torch.stack([m.codes for m in matrices]), scales, torch.stack([m.global_scale for m in matrices]))
+def test_matrices_of_tokens_with_a_global_scale_each() -> None:
+    case = full_range_case(3, 19, 72, 144, batch=3)
+    assert case.up is not None
+    assert isinstance(case.x, NVFP4Tensor)
+    shared = replace(case, gate=case.gate[0], up=case.up[0])
+    out = dual_gemm(case.x.to("cuda"), prepared(shared), out_dtype=case.out_dtype, backend="hopper")
+    for i in range(3):
+        assert check(replace(shared, x=case.x[i]), out[i]).ok
 
 
 def test_a_new_thread_may_make_the_first_call() -> None:
