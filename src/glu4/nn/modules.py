@@ -64,14 +64,15 @@ class _Matrix(_ExactBuffers):
         return NVFP4Tensor(self.codes, self.block_scale, self.global_scale)
 
 
-def _operand(x: Tensor, mode: Mode, input_scale: Tensor | None) -> Tensor | NVFP4Tensor:
+def _operand(x: Tensor, module: GatedMLP | NVFP4Linear) -> Tensor | NVFP4Tensor:
     """x `[..., K]`, or, quantised if the mode says so, its rows `[M, K]`."""
     if x.requires_grad and torch.is_grad_enabled():  # quantize would cut the gradient off without a word
         raise ValueError("x requires grad, and glu4 has no backward pass yet: call under torch.no_grad() or detach x")
+    mode = module.mode
     if mode == "w4a16" and x.ndim > 1:
         return x
     rows = x.reshape(-1, x.shape[-1])
-    return quantize(rows, input_scale, nonfinite="propagate") if mode == "w4a4" else rows
+    return quantize(rows, module.input_scale, nonfinite="propagate") if mode == "w4a4" else rows
 
 
 def _shaped(rows: Tensor, x: Tensor) -> Tensor:
@@ -189,7 +190,7 @@ class GatedMLP(_Prepared[GatedWeights]):
         """x `[..., K]` to down_proj's output, through `[..., N]` in x's dtype."""
         weights = self.weights
         _check_features(x, weights.outlines[0].k)
-        operand = _operand(x, self.mode, self.input_scale)
+        operand = _operand(x, self)
         hidden = ops.dual_gemm(operand, weights, activation=self.activation, out_dtype=x.dtype)
         return cast(Tensor, self.down_proj(_shaped(hidden, x)))
 
@@ -236,7 +237,7 @@ class NVFP4Linear(_Prepared[LinearWeight]):
         """x `[..., K]` to `[..., N]`."""
         weight = self._current()
         _check_features(x, self.in_features)
-        return _shaped(ops.linear(_operand(x, self.mode, self.input_scale), weight, bias=self.bias, out_dtype=x.dtype), x)
+        return _shaped(ops.linear(_operand(x, self), weight, bias=self.bias, out_dtype=x.dtype), x)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
