@@ -6,7 +6,8 @@
 Method: under torch.inference_mode, calls are queued 50 at a time without waiting for the GPU, 100 times over, the device
 synchronised in between; median and minimum of the 100, divided by 50. Kernels are loaded one after the other, each for the
 first time in this process: finding and checking its file, cuLibraryLoadData, and making it ready on the device.
-torch.nn.functional.linear of fp16 tensors is beside them, to tell a slow host from slow code.
+Beside them, to tell a slow host from slow code: cuLaunchKernelEx alone, of a kernel that waits for those before it and of one
+that may overlap them; torch's own calls of one element, of an empty output, of an empty module, and of linear in fp16.
 
 A dry run puts functions that do nothing in libcuda's place: it tells the cost of Python and ctypes alone, and is no measurement
 of a GPU.
@@ -31,12 +32,12 @@ from torch import Tensor, nn
 
 import glu4
 import glu4.nn
-from glu4.backends.hopper import launch
-from glu4.backends.hopper.spec import shipped
+from glu4.backends.hopper import launch, tokens
+from glu4.backends.hopper.spec import KernelSpec, shipped
 from glu4.compiled import driver, store
 
 CALLS, ROUNDS = 50, 100
-N, K = 4096, 7168
+SHAPES = ((4096, 7168), (64, 64))
 
 
 class Nothing:
@@ -67,6 +68,7 @@ def pretend() -> None:
     torch._C._cuda_getDevice = lambda: -1
     torch._C._cuda_getCurrentRawStream = lambda index: 7
     torch.cuda.synchronize = lambda: None
+    torch.set_num_threads(1)
 
 
 @contextmanager
@@ -100,7 +102,7 @@ def load_times() -> dict[str, float]:
     index = torch._C._cuda_getDevice()
     for spec in shipped():
         start = time.perf_counter()
-        kernel = launch._kernel(spec)
+        kernel = launch._kernel(spec) if isinstance(spec, KernelSpec) else tokens.decoder()
         if kernel is not None:
             kernel.load(index)
             times.append((time.perf_counter() - start) * 1e3)
@@ -113,14 +115,45 @@ def operand(n: int, k: int, device: str) -> glu4.NVFP4Tensor:
 
 
 def raw(x: Tensor, weights: glu4.GatedWeights) -> Callable[[], object]:
-    """The launch alone: the kernel chosen, the output there."""
+    """The launch alone, as an eager call makes it: the kernel chosen, the output there."""
+    plan, out = planned(x, weights)
+    packed, (gate, up) = weights.packed, weights.scales
+    assert packed is not None
+    return lambda: plan.launch(x.data_ptr(), packed.data_ptr(), gate.data_ptr(), up.data_ptr(), out.data_ptr())
+
+
+def planned(x: Tensor, weights: glu4.GatedWeights) -> tuple[launch.Plan, Tensor]:
+    """What an eager call remembers of its launch, and an output."""
     (m, k), n = x.shape, weights.shape[0]
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    index, packed, scales = x.get_device(), weights.packed, weights.scales
-    chosen = launch.choice(m, n, k, True, x.dtype, x.dtype, index)
+    chosen = launch.choice(m, n, k, True, x.dtype, x.dtype, x.get_device())
     assert chosen is not None
+    assert weights.packed is not None
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    return launch.Plan(chosen, x, weights.packed, glu4.SILU, (m, n), x.dtype), out
+
+
+def driver_call(x: Tensor, weights: glu4.GatedWeights, overlap: bool) -> Callable[[], object]:
+    """cuLaunchKernelEx alone: the same memory each time, nothing written into it."""
+    (m, k), n = x.shape, weights.shape[0]
+    chosen = launch.choice(m, n, k, True, x.dtype, x.dtype, x.get_device())
+    assert chosen is not None
+    _, out = planned(x, weights)
+    frames = chosen[0].frames
+    others = frames.copy()
+    frames.clear()  # so that the next launch makes memory that nobody else gets
+    packed, scales = weights.packed, (weights.scales[0], weights.scales[1])
+    assert packed is not None
     source, target = (x.data_ptr(), m, k, 2 * k), (out.data_ptr(), m, n, n)
-    return lambda: launch.submit(chosen, index, source, packed, scales, None, (None, None), glu4.SILU, target, True)
+    launch.submit(chosen, x.get_device(), source, packed, scales, None, (None, None), glu4.SILU, target, overlap)
+    frame = frames.pop()
+    frames.extend(others)
+    handle, function = chosen[0].handle, driver._cuda().cuLaunchKernelEx
+
+    def call() -> None:
+        if function(frame.config, handle, frame.pointers, None):
+            raise RuntimeError(f"cuLaunchKernelEx failed with {out.shape}")  # and keeps `out`
+
+    return call
 
 
 def operator(x: Tensor, weights: glu4.GatedWeights) -> Callable[[], object]:
@@ -140,7 +173,10 @@ def calls(m: int, n: int, k: int, device: str) -> dict[str, Callable[[], object]
     mlp = glu4.nn.GatedMLP(weights, nn.Identity())
     linear = glu4.nn.NVFP4Linear(one.matrix)
     dense = torch.randn(n, k, device=device).half()
+    one_element, nothing = x[0, :1].clone(), nn.Identity()
     return {
+        "cuLaunchKernelEx alone": driver_call(x, weights, overlap=False),
+        "cuLaunchKernelEx alone, overlapping": driver_call(x, weights, overlap=True),
         "raw launch": raw(x, weights),
         "dual_gemm W4A16": lambda: glu4.dual_gemm(x, weights),
         "dual_gemm W4A16, out given": lambda: glu4.dual_gemm(x, weights, out=out),
@@ -150,6 +186,9 @@ def calls(m: int, n: int, k: int, device: str) -> dict[str, Callable[[], object]
         "GatedMLP, without its down_proj": lambda: mlp(x),
         "NVFP4Linear": lambda: linear(x),
         "torch.ops.glu4.dual_gemm": operator(x, weights),
+        "torch.add_ of one element": lambda: one_element.add_(1),
+        "torch.empty of the output": lambda: torch.empty(m, n, dtype=x.dtype, device=x.device),
+        "torch.nn.Identity": lambda: nothing(x),
         "torch.nn.functional.linear fp16": lambda: nn.functional.linear(x, dense),
     }
 
@@ -187,16 +226,18 @@ def main() -> None:
         pretend()
     else:
         torch.zeros(1, device="cuda")
-    device, n, k = ("cpu", 64, 64) if args.dry else ("cuda", N, K)
+    device, shapes = ("cpu", SHAPES[-1:]) if args.dry else ("cuda", SHAPES)
     loaded = load_times()
     print(f"kernel load     median {loaded['ms']:.3f} ms, maximum {loaded['ms_max']:.3f} ms, {loaded['kernels']} kernels")
     rows = []
     with torch.inference_mode():
-        timed = [(1, name, call) for name, call in calls(1, n, k, device).items()]
-        timed.append((0, "dual_gemm W4A16, M from 1 to 512", many_sizes(device, n, k)))
-        for m, name, call in timed:
-            rows.append({"call": name, "m": m or None, "n": n, "k": k, **host_time(call)})
-            print(f"{name:34} {rows[-1]['us']:8.2f} us (min {rows[-1]['us_min']:.2f})", flush=True)
+        for n, k in shapes:
+            print(f"N = {n}, K = {k}")
+            timed = [(1, name, call) for name, call in calls(1, n, k, device).items()]
+            timed.append((0, "dual_gemm W4A16, M from 1 to 512", many_sizes(device, n, k)))
+            for m, name, call in timed:
+                rows.append({"call": name, "m": m or None, "n": n, "k": k, **host_time(call)})
+                print(f"{name:36} {rows[-1]['us']:8.2f} us (min {rows[-1]['us_min']:.2f})", flush=True)
     if args.output:
         document = {
             **environment(args.dry),

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import pytest
@@ -24,11 +25,17 @@ from glu4 import dispatch, reference
 from glu4.activation import IDENTITY, Activation
 from glu4.backends.hopper import launch
 from glu4.backends.hopper.pack import UNIT_WORDS, unpack_gated, unpack_matrix
-from glu4.backends.hopper.spec import KernelSpec
+from glu4.backends.hopper.spec import DecodeSpec, KernelSpec, Spec, spec_from_dict
 from glu4.compiled import driver, store
+from glu4.nvfp4 import NVFP4Tensor
+from glu4.scale_layout import SwizzledLayout
 
 PARAMETERS = "=iiQiiQQQQQi4xQi4xifffQiiQ"
 SIZES = [128, 8, 24, 8, 8, 8, 16, 16, 4, 4, 4, 4, 24, 1]
+NVFP4_PARAMETERS = "=QiiQQiiQ" + PARAMETERS[3:]
+NVFP4_SIZES = [24, 24, *SIZES[2:]]
+DECODER_PARAMETERS = "=Qi4xQi4xQi4xi"
+DECODER_SIZES = [16, 16, 16, 4]
 TYPES = {6: torch.float16, 10: torch.bfloat16}  # in a tensor map
 CONTEXT = 77
 SHARED_BYTES = 200_000
@@ -45,7 +52,7 @@ def memory(address: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype:
 class Launch:
     """What one launch said."""
 
-    spec: KernelSpec
+    spec: Spec
     device: int
     stream: int
     grid: tuple[int, int, int]
@@ -144,25 +151,38 @@ class FakeCuda:
         stream_then = self.stream
         time.sleep(self.pause)
         *sizes, shared, stream, attributes, count = struct.unpack("=7I4xQQI4x", ctypes.string_at(config, 56))
-        spec = KernelSpec.from_dict(json.loads(self._images[handle - 1]))
+        spec = spec_from_dict(json.loads(self._images[handle - 1]))
         held: dict[int, tuple[int, ...]] = {}
         for i in range(count):
             key, *value = struct.unpack_from("=I4x3I", ctypes.string_at(attributes + 72 * i, 72))
             held[key] = tuple(value)
-        at = (ctypes.c_void_p * len(SIZES)).from_address(pointers)
-        assert at[0] % 64 == 0
-        parameters = struct.unpack(PARAMETERS, b"".join(ctypes.string_at(p, n) for p, n in zip(at[1:], SIZES[1:-1])))
+        parameter_sizes, form = _parameters(spec)
+        at = (ctypes.c_void_p * len(parameter_sizes)).from_address(pointers)
+        raw = [ctypes.string_at(p, n) for p, n in zip(at, parameter_sizes, strict=True)]
+        tensor_map = b""
+        if parameter_sizes is SIZES:
+            assert at[0] % 64 == 0
+            tensor_map = raw.pop(0)
+        parameters = struct.unpack(form, b"".join(raw)[: struct.calcsize(form)])  # the last byte of some is not read
         assert stream == stream_then or self.pause
-        launched = Launch(spec, self.device, stream, tuple(sizes[:3]), tuple(sizes[3:]), shared, held,
-                          ctypes.string_at(at[0], 128), parameters)  # fmt: skip
+        launched = Launch(spec, self.device, stream, tuple(sizes[:3]), tuple(sizes[3:]), shared, held, tensor_map, parameters)
         self.launches.append(launched)
-        run(launched)
+        (run_decoder if isinstance(spec, DecodeSpec) else run)(launched)
         return 0
+
+
+def _parameters(spec: Spec) -> tuple[list[int], str]:
+    """Sizes of a kernel's parameters, and how they are packed, but for a tensor map."""
+    if isinstance(spec, DecodeSpec):
+        return DECODER_SIZES, DECODER_PARAMETERS
+    return (NVFP4_SIZES, NVFP4_PARAMETERS) if spec.nvfp4 else (SIZES, PARAMETERS)
 
 
 def tokens_of(launched: Launch) -> Tensor:
     """The matrix that the tensor map covers; refuses a map that a driver would not write."""
-    raw, c = launched.tensor_map, launched.spec.config
+    spec = launched.spec
+    assert isinstance(spec, KernelSpec)
+    raw, c = launched.tensor_map, spec.config
     address, word, low = struct.unpack_from("<QII", raw)
     high, columns, rows = struct.unpack_from("<III", raw, 28)
     dtype = TYPES[word >> 7 & 15]
@@ -170,21 +190,62 @@ def tokens_of(launched: Launch) -> Tensor:
     assert raw[:64] == encode(address, word >> 7 & 15, columns + 1, rows + 1, row_bytes, (64, c.box_tokens))
     assert address % 16 == 0
     assert row_bytes >= 2 * (columns + 1)
-    assert launched.spec.x == ("bf16" if dtype is torch.bfloat16 else "f16")
+    assert spec.x == ("bf16" if dtype is torch.bfloat16 else "f16")
     return memory(address, (rows + 1, columns + 1), (row_bytes // 2, 1), dtype)
+
+
+def nvfp4_of(codes: int, scales: int, m: int, blocks: int) -> NVFP4Tensor:
+    """NVFP4 tokens with linear scales at two addresses, without their global scale."""
+    code = memory(codes, (m, 8 * blocks), (8 * blocks, 1), torch.uint8)
+    scale = memory(scales, (m, blocks), (blocks, 1), torch.uint8).view(torch.float8_e4m3fn)
+    return NVFP4Tensor(code.clone(), scale.clone(), torch.tensor(1.0))
+
+
+def run_decoder(launched: Launch) -> None:
+    """Decode what the kernel would."""
+    codes, words, scales, scale_bytes, out, out_words, swizzled = launched.parameters
+    assert out_words == 4 * words
+    assert launched.block == (128, 1, 1)
+    assert launched.shared_bytes == 0
+    assert launched.grid == (-(-words // 512), 1, 1)
+    target = memory(out, (words * 8,), (1,), torch.float16)
+    if not swizzled:
+        assert scale_bytes == words // 2
+        target.copy_(nvfp4_of(codes, scales, 1, words // 2).decode(torch.float16).flatten())
+        return
+    rows, blocks = words // swizzled, swizzled // 2
+    layout = SwizzledLayout(rows, blocks)
+    stored = memory(scales, (scale_bytes,), (1,), torch.uint8)
+    assert scale_bytes == prod(layout.storage_shape)
+    linear = torch.stack([stored[layout.offset(r, b)] for r in range(rows) for b in range(blocks)])
+    target.copy_(nvfp4_of(codes, linear.data_ptr(), rows, blocks).decode(torch.float16).flatten())
+
+
+def _tokens(launched: Launch) -> tuple[int, int, Tensor, tuple[Any, ...]]:
+    """(M, K, tokens, the parameters from the weights on)."""
+    spec, parameters = launched.spec, launched.parameters
+    assert isinstance(spec, KernelSpec)
+    if spec.nvfp4:
+        codes, m, blocks, row, scales, *again = parameters[:8]
+        assert (blocks, m, blocks, blocks) == (row, *again)
+        assert codes % 8 == scales % 4 == blocks % 4 == 0
+        return m, 16 * blocks, nvfp4_of(codes, scales, m, blocks).decode(torch.float64), parameters[8:]
+    return *parameters[:2], tokens_of(launched).double(), parameters[2:]
 
 
 def run(launched: Launch) -> None:
     """Compute what the kernel would."""
-    spec, c = launched.spec, launched.spec.config
-    (m, k, weights, tiles, units, unit_stride, gate_scale, up_scale, x_scale, gate_bias, gate_n, up_bias, up_n, flags, alpha, beta,
-     limit, out, out_m, n, out_row) = launched.parameters  # fmt: skip
+    spec = launched.spec
+    assert isinstance(spec, KernelSpec)
+    c = spec.config
+    m, k, tokens, rest = _tokens(launched)
+    (weights, tiles, units, unit_stride, gate_scale, up_scale, x_scale, gate_bias, gate_n, up_bias, up_n, flags, alpha, beta,
+     limit, out, out_m, n, out_row) = rest  # fmt: skip
     assert (out_m, gate_n, up_n, unit_stride) == (m, n, n, units * UNIT_WORDS)
-    assert launched.block == (c.threads, 1, 1)
+    assert launched.block == (c.cta_threads(spec.nvfp4), 1, 1)
     assert launched.shared_bytes == SHARED_BYTES
     assert launched.grid == c.grid(m, n, spec.dual)
     assert launched.attributes.get(4, (1, 1, 1)) == (1, c.cluster, c.splits)
-    tokens = tokens_of(launched).double()
     assert tokens.shape == (m, k)
     packed = memory(weights, (tiles, units, UNIT_WORDS), (units * UNIT_WORDS, UNIT_WORDS, 1), torch.int32)
     memory(weights + packed.nbytes, (UNIT_WORDS,), (1,), torch.int32).sum()  # the spare unit, which a stage may read
@@ -199,10 +260,10 @@ def run(launched: Launch) -> None:
     memory(out, (m, n), (out_row, 1), dtype).copy_(reference.round_once(activation(gate, up) if spec.dual else gate, dtype))
 
 
-def description(spec: KernelSpec, pdl: bool = True) -> dict[str, Any]:
+def description(spec: Spec, pdl: bool = True) -> dict[str, Any]:
     """As the builder writes it."""
-    c = spec.config
-    return {"entry": "entry", "params": SIZES, "threads": c.threads, "shared_bytes": SHARED_BYTES, "pdl": pdl}
+    threads, shared = (128, 0) if isinstance(spec, DecodeSpec) else (spec.config.cta_threads(spec.nvfp4), SHARED_BYTES)
+    return {"entry": "entry", "params": _parameters(spec)[0], "threads": threads, "shared_bytes": shared, "pdl": pdl}
 
 
 def forget() -> None:

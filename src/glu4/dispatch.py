@@ -93,7 +93,7 @@ def _compile(dual: bool) -> str | None:
     """Compile an operation's kernels with a line of progress on stderr; why that was not possible, or None."""
     if not _can_compile():
         return _NOT_COMPILED
-    specs = [spec for spec in shipped() if spec.dual == dual]
+    specs = shipped(dual)
     what = f"glu4: compiling {len(specs)} {'dual_gemm' if dual else 'linear'} kernels, once (glu4 compile does it beforehand)"
     done: list[str] = []
 

@@ -19,10 +19,10 @@ import torch
 from fake_hopper import CONTEXT, PARAMETERS, SIZES, FakeCuda, description, fake_hopper
 from glu4 import UnsupportedError
 from glu4.backends.hopper.config import Config
-from glu4.backends.hopper.launch import _PARAMETERS
+from glu4.backends.hopper.launch import _PARAMETERS, _VARIED
 from glu4.backends.hopper.spec import KernelSpec
 from glu4.compiled import driver
-from glu4.compiled.driver import Kernel
+from glu4.compiled.driver import Kernel, Repeat
 
 MAPS = json.loads((Path(__file__).parent / "tensor_maps.json").read_text())["groups"]
 
@@ -132,6 +132,62 @@ def test_attributes(monkeypatch: pytest.MonkeyPatch, pdl: bool, cluster: tuple[i
         assert fake.attributes == clustered + [struct.pack("=I4xi8x", 6, 1)] * (pdl and overlap)
 
 
+def told(fake: Recorder) -> tuple[object, ...]:
+    """All that a launch was given, but for where in memory."""
+    return fake.parameters, fake.config[:40], fake.config[48:], fake.map, fake.attributes
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("cluster", [(1, 1, 1), (1, 2, 1)])
+def test_a_repeat_is_byte_for_byte_what_launch_makes(
+    monkeypatch: pytest.MonkeyPatch, pdl: bool, cluster: tuple[int, int, int]
+) -> None:
+    """Two repeats and plain launches take turns with the same memory; each is told what a launch of its own values is."""
+    fake, kernel = recorder(monkeypatch, pdl=pdl, cluster=cluster)
+    _, alone = recorder(monkeypatch, pdl=pdl, cluster=cluster)
+    forms = (
+        ((4, 4, 4), (16, 3, 32, 64), VALUES, True),
+        ((7, 2, 1), (32, 9, 640, 1 << 35), (9, 640, *VALUES[2:13], 8, -0.5, 0.0, 7.0, 16, 9, 640, 641), False),
+    )
+    monkeypatch.setattr(driver, "_cuda", lambda: fake)
+    repeats = [Repeat(kernel, -1, grid, matrix, params, _VARIED, overlap) for grid, matrix, params, overlap in forms]
+    alone._launch = fake.cuLaunchKernelEx
+    for i, which in enumerate((0, 0, 1, 1, 0, 2, 0, 1, 2, 1)):
+        stream, address, addresses = 7 + i, 16 * i, [(1 << 63) + 100 * i + j for j in range(4)]
+        if which == 2:
+            kernel.launch(-1, 3, (1, 1, 1), MATRIX, VALUES)
+            continue
+        repeats[which](stream, address, *addresses)
+        got = told(fake)
+        grid, matrix, params, overlap = forms[which]
+        own = list(params)
+        for at, value in zip((2, 6, 7, 17), addresses):
+            own[at] = value
+        alone.launch(-1, stream, grid, (address, *matrix[1:]), tuple(own), overlap)
+        assert got == told(fake)
+    assert len(kernel.frames) == 1
+
+
+def test_repeats_in_threads_never_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, kernel = recorder(monkeypatch)
+    repeats = [Repeat(kernel, -1, (1, 1, 1), MATRIX, VALUES, _VARIED) for _ in range(2)]
+
+    def slow(config: int, handle: int, pointers: int, extra: None) -> int:
+        before = ctypes.string_at(config, 40)
+        time.sleep(0.001)  # lets another thread in
+        assert ctypes.string_at(config, 40) == before
+        at = (ctypes.c_void_p * len(SIZES)).from_address(pointers)
+        (packed,) = struct.unpack("=Q", ctypes.string_at(at[2], 8))
+        assert (packed,) == struct.unpack_from("=Q", before, 32)
+        return 0
+
+    kernel._launch = slow
+    with ThreadPoolExecutor(8) as pool:
+        for one in [pool.submit(repeats[i % 2], i, 16, i, 0, 0, 0) for i in range(200)]:
+            one.result()
+    assert 2 <= len(kernel.frames) <= 8
+
+
 def test_a_description_of_other_parameters_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         RuntimeError, match=r"the kernel takes parameters of \[128, 8\] bytes, this version passes \[128, 8, 24"
@@ -161,7 +217,7 @@ def test_threads_never_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         for one in done:
             one.result()
     assert 2 <= len(seen) <= 8
-    assert len(kernel._frames) == len(seen)
+    assert len(kernel.frames) == len(seen)
 
 
 def test_memory_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +226,7 @@ def test_memory_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     for m in range(1, 200):
         kernel.launch(-1, 7, (1, 1, 1), (16 * m, m, 32, 64), (m, *VALUES[1:]))
         addresses.add(fake.addresses)
-    assert len(addresses) == len(kernel._frames) == 1
+    assert len(addresses) == len(kernel.frames) == 1
 
 
 def test_a_thread_without_a_context_gets_the_one_that_torch_uses(monkeypatch: pytest.MonkeyPatch) -> None:

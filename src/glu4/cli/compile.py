@@ -14,7 +14,7 @@ from rich.table import Table
 from glu4.cli.output import JsonOption, console, emit_json, progress
 
 if TYPE_CHECKING:
-    from glu4.backends.hopper.spec import KernelSpec
+    from glu4.backends.hopper.spec import Spec
 
 __all__ = ["command"]
 
@@ -62,7 +62,7 @@ def _say_waiting() -> None:
     print("glu4: another process is compiling into the same directory; waiting for it", file=sys.stderr, flush=True)
 
 
-def _row(spec: KernelSpec, directory: Path | None) -> dict[str, Any]:
+def _row(spec: Spec, directory: Path | None) -> dict[str, Any]:
     """One kernel of the package and the cache, or of one directory: `place`, and unless it is missing its resources."""
     from glu4.compiled import store
     from glu4.compiled.cubin import resources

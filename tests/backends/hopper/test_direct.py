@@ -19,6 +19,7 @@ from fake_hopper import FakeCuda, fake_hopper
 from glu4 import (
     IDENTITY,
     SILU,
+    Activation,
     GatedWeights,
     LinearWeight,
     NVFP4Tensor,
@@ -282,7 +283,7 @@ def test_many_sizes_take_no_more_memory(cuda: FakeCuda, short: None) -> None:
         assert torch.equal(dual_gemm(x[:m], w), expected(x[:m], w, torch.float16))
     kernels = {launch._kernel(spec) for spec in {e.spec for e in cuda.launches}}
     assert len(kernels) > 1
-    assert all(len(k._frames) == 1 for k in kernels)  # type: ignore[union-attr]
+    assert all(len(k.frames) == 1 for k in kernels)  # type: ignore[union-attr]
     assert launch.choice.cache_info().maxsize == 1 << 14
 
 
@@ -296,6 +297,107 @@ def test_threads_that_call_with_one_weight_at_once(cuda: FakeCuda, short: None) 
     with ThreadPoolExecutor(8) as pool:
         for i, got in enumerate(pool.map(lambda i: dual_gemm(x[i % 8], w), range(80))):
             assert torch.equal(got, want[i % 8]), i
+
+
+# ---- calls like one before ----
+
+
+@given(
+    calls=st.lists(
+        st.tuples(
+            st.sampled_from([(1,), (5,), (2, 3), (3, 2), (6,)]),
+            st.sampled_from(DTYPES),
+            st.sampled_from([None, *DTYPES]),
+            st.sampled_from([SILU, IDENTITY, clamped_silu(0.5), clamped_silu(2.0)]),
+            st.sampled_from(["none", "dense", "wide", "unaligned x", "strided x"]),
+            st.integers(0, 2),
+        ),
+        min_size=2,
+        max_size=8,
+    )
+)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_call_of_many_is_right(cuda: FakeCuda, calls: list[Any]) -> None:
+    """Calls that repeat a launch, each with its own tokens, weights, output and constants, and calls of other kinds between."""
+    prepared = [pair(3 * i + 1, 40, 80).prepare("cpu") for i in range(3)]
+    for i, (lead, dtype, out_dtype, activation, form, which) in enumerate(calls):
+        x = torch.randn((*lead, 80), generator=torch.Generator().manual_seed(i)).to(dtype)
+        if form == "unaligned x":
+            x = torch.cat((torch.zeros(1, dtype=dtype), x.flatten()))[1:].view(x.shape)
+        if form == "strided x":
+            x = torch.cat((x, x), -1)[..., :80]
+        if len(x.shape) == 1:
+            x = x[None]
+        w, shape = prepared[which], (*x.shape[:-1], 40)
+        want = expected(x, w, out_dtype or dtype, activation=activation)
+        out = None
+        if form in ("dense", "wide"):
+            out = torch.full(shape, float("nan"), dtype=want.dtype)
+            out = out if form == "dense" else torch.cat((out, out), -1)[..., :40]
+        got = dual_gemm(x, w, activation=activation, out_dtype=out_dtype, out=out)
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
+        assert out is None or got is out
+
+
+def test_a_call_like_one_before_repeats_its_launch(cuda: FakeCuda, short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = pair(1, 40, 80).prepare("cpu"), pair(7, 40, 80).prepare("cpu")
+    dual_gemm(tokens(1, 5, 80), first)
+    monkeypatch.setattr(direct, "submit", None)
+    for w in (first, second):  # weights of one shape share what is remembered
+        x = tokens(2, 5, 80)
+        assert torch.equal(dual_gemm(x, w), expected(x, w, torch.float16))
+        out = torch.zeros(5, 40).half()
+        version = out._version
+        assert torch.equal(dual_gemm(x, w, out=out), expected(x, w, torch.float16))
+        assert out._version == version + 1
+        w.gate.global_scale.mul_(2)  # values are read by each launch
+        assert torch.equal(dual_gemm(x, w), expected(x, w, torch.float16))
+    assert torch.equal(dual_gemm(x, w, activation=Activation()), expected(x, w, torch.float16))
+
+
+def test_unusual_tokens_do_not_repeat_a_launch(cuda: FakeCuda, short: None) -> None:
+    """All have the shape and type of a call before."""
+    w, x = pair(1, 40, 80).prepare("cpu"), torch.randn(5, 80).half()
+    dual_gemm(x, w)
+    negated = torch._neg_view(x)
+    assert (negated.is_neg(), negated.shape, negated.dtype) == (True, x.shape, x.dtype)
+    row = torch.randn(402).half()[1:401].view(5, 80)
+    assert row.data_ptr() % 16
+    for unusual in (negated, torch._efficientzerotensor(5, 80, dtype=torch.float16), row, x.t().contiguous().t()):
+        with pytest.raises(Long):
+            dual_gemm(unusual, w)
+    wants = x.clone().requires_grad_()
+    with pytest.raises(Long):
+        dual_gemm(wants, w)
+    for out in (torch.zeros(5, 40), x.flatten()[200:].view(5, 40), torch.zeros(5, 40).half().requires_grad_()):
+        with pytest.raises(Long):
+            dual_gemm(x, w, out=out)
+    assert len(cuda.launches) == 1
+
+
+def test_what_is_remembered_is_bounded_and_can_be_forgotten(
+    cuda: FakeCuda, short: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_PLANS", 3)
+    w = pair(1, 40, 80).prepare("cpu")
+    remembered = launch.plans(40, 80, True, -1)
+    for m in range(1, 9):
+        x = tokens(m, m, 80)
+        for _ in range(2):
+            assert torch.equal(dual_gemm(x, w), expected(x, w, torch.float16))
+        assert 1 <= len(remembered) <= 3
+    launch.forget()
+    assert not remembered
+    assert torch.equal(dual_gemm(x, w), expected(x, w, torch.float16))
+    assert len(remembered) == 1
+
+
+def test_forgetting_reads_measured_tables_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten: list[bool] = []
+    monkeypatch.setattr(launch.tuned, "forget", lambda: forgotten.append(True))
+    launch.forget()
+    assert forgotten
 
 
 # ---- when the operator has to run ----
@@ -427,10 +529,15 @@ BAD: list[tuple[Callable[[torch.Tensor, GatedWeights, LinearWeight], object], ty
 ]
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["first call", "after others"])
 @pytest.mark.parametrize("index", range(len(BAD)))
-def test_the_same_refusals_for_prepared_weights(cuda: FakeCuda, index: int) -> None:
+def test_the_same_refusals_for_prepared_weights(cuda: FakeCuda, index: int, before: bool) -> None:
     call, error, message = BAD[index]
     w, weight = pair(1, 40, 80).prepare("cpu"), LinearWeight(full_range(1, 40, 80)).prepare("cpu")
+    if before:
+        dual_gemm(torch.zeros(5, 80).half(), w)
+        linear(torch.zeros(5, 80).half(), weight)
+        cuda.launches.clear()
     with pytest.raises(error, match=message):
         call(torch.zeros(5, 80).half(), w, weight)
     assert not cuda.launches

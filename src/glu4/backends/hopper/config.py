@@ -16,11 +16,17 @@ from glu4.problem import GroupedProblem, Problem
 __all__ = ["SHIPPED", "Config", "candidates", "cost", "legal"]
 
 WARPGROUP = 128
+DECODE_WARPS, DECODE_AHEAD = (
+    4,
+    4,
+)  # a warpgroup that decodes NVFP4 tokens, in kernels that do; stages whose codes each asks for ahead
+STAGED_ROW = 72  # bytes of a row of NVFP4 tokens in a stage: 128 codes and 8 scales
+DECODE_THREADS, DECODE_WORDS = 128, 4  # of a CTA that decodes tokens ahead; words of eight codes that each thread takes
 UNIT_BYTES = 2304  # one packed unit, 64 rows x 64 of K: 2048 bytes of codes and 256 of scales
 TILE_K = 64
 _SHARED_BYTES = 227 * 1024  # a CTA's most on sm_90 (CUDA programming guide, table of technical specifications)
 _REGISTERS = 65536
-_PRODUCER_REGISTERS = 24
+PRODUCER_REGISTERS, DECODER_REGISTERS = 24, 64  # of threads that issue copies, that decode
 _MAX_STAGES = 24
 # rows of A, columns of B: wgmma takes 64 by 8 to 256 in steps of 8 (PTX ISA, wgmma.mma_async)
 _TOKEN_TILES = (8, 16, 32, 64, 128, 256)
@@ -77,10 +83,6 @@ class Config:
         return self.rows * self.k_groups
 
     @property
-    def threads(self) -> int:
-        return (self.consumers + 1) * WARPGROUP
-
-    @property
     def stage_bytes(self) -> int:
         """Shared memory of one stage: tokens in 16 bits and packed weights, 64 of K a unit."""
         return self.stage_units * (self.tokens * TILE_K * 2 + self.rows * UNIT_BYTES)
@@ -133,23 +135,36 @@ class Config:
         return x, _ceil_div(row_tiles, self.cluster) * self.cluster, groups * self.splits
 
     @property
-    def shared_bytes(self) -> int:
+    def staging_bytes(self) -> int:
+        """Shared memory of NVFP4 tokens before they are decoded: DECODE_AHEAD stages for each warp."""
+        return DECODE_WARPS * DECODE_AHEAD * self.tokens * STAGED_ROW
+
+    def shared_bytes(self, nvfp4: bool) -> int:
         """Barriers, padded so that the tokens start at a swizzle atom, then the stages."""
-        return 1024 + self.stages * self.stage_bytes
+        return 1024 + self.stages * self.stage_bytes + nvfp4 * self.staging_bytes
 
     @property
-    def launch_registers(self) -> int:
-        """Registers a thread at launch; setmaxnreg then moves them from the producer to the consumers."""
-        return min(240, _REGISTERS // self.threads // 8 * 8)
+    def takes_nvfp4(self) -> bool:
+        """Whether a kernel of it may decode NVFP4 tokens itself: few of them, so that decoding in every CTA costs little.
 
-    @property
-    def consumer_registers(self) -> int:
-        pool = self.launch_registers * self.threads - _PRODUCER_REGISTERS * WARPGROUP
+        Each of the warps that decode has its own stages, for the reason that `stages` gives.
+        """
+        simple = self.stage_units == 2 and self.cluster == self.splits == 1
+        return self.tokens == 8 and simple and self.stages % DECODE_WARPS == 0
+
+    def cta_threads(self, nvfp4: bool) -> int:
+        """Consumers, a warpgroup that issues copies, and one that decodes NVFP4 tokens."""
+        return (self.consumers + 1 + nvfp4) * WARPGROUP
+
+    def launch_registers(self, nvfp4: bool) -> int:
+        """Registers a thread at launch; setmaxnreg then moves them from the producers to the consumers."""
+        return min(240, _REGISTERS // self.cta_threads(nvfp4) // 8 * 8)
+
+    def consumer_registers(self, nvfp4: bool) -> int:
+        """What the producers leave."""
+        taken = PRODUCER_REGISTERS + nvfp4 * DECODER_REGISTERS
+        pool = self.launch_registers(nvfp4) * self.cta_threads(nvfp4) - taken * WARPGROUP
         return min(240, pool // (self.consumers * WARPGROUP) // 8 * 8)
-
-    @property
-    def producer_registers(self) -> int:
-        return _PRODUCER_REGISTERS
 
 
 # what the dispatch can choose, measured best somewhere (docs/notebook-hopper.md)

@@ -24,10 +24,11 @@ from cutlass import pipeline
 from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cutlass_dsl import T as MlirType
-from cutlass.cutlass_dsl import dsl_user_op
 from cutlass.memory import SmemAllocator
 
-from glu4.backends.hopper.config import TILE_K, UNIT_BYTES, WARPGROUP, Config
+from glu4.backends.hopper.config import DECODER_REGISTERS, PRODUCER_REGISTERS, TILE_K, UNIT_BYTES, WARPGROUP, Config
+from glu4.backends.hopper.decode_tokens import TOKEN_BIAS, produce_tokens
+from glu4.backends.hopper.instructions import asm_u32, store_16_bytes, store_remote, store_transposed
 from glu4.backends.hopper.pack import CODE_WORDS, UNIT_WORDS
 
 Int32, Int64, Uint32, Float32 = cutlass.Int32, cutlass.Int64, cutlass.Uint32, cutlass.Float32
@@ -36,74 +37,38 @@ Int32, Int64, Uint32, Float32 = cutlass.Int32, cutlass.Int64, cutlass.Uint32, cu
 X_SCALE, GATE_BIAS, UP_BIAS, IDENTITY = 1, 2, 4, 8
 
 
-@dsl_user_op
-def _asm_u32(code: str, a: Any, b: Any, *, loc: Any = None, ip: Any = None) -> Any:
-    values = [Uint32(v).ir_value(loc=loc, ip=ip) for v in (a, b)]
-    result = llvm.inline_asm(
-        MlirType.i32(), values, code, "=r,r,r", has_side_effects=False, is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
-    )  # fmt: skip
-    return Uint32(result)
-
-
-@dsl_user_op
-def _store_remote(address: Any, a: Any, b: Any, c: Any, d: Any, *, loc: Any = None, ip: Any = None) -> None:
-    """16 bytes into the shared memory of a CTA of the cluster; `address` is of mapa."""
-    values = [Uint32(address).ir_value(loc=loc, ip=ip), *(Float32(v).ir_value(loc=loc, ip=ip) for v in (a, b, c, d))]
-    llvm.inline_asm(
-        None, values, "st.shared::cluster.v4.f32 [$0], {$1, $2, $3, $4};", "r,f,f,f,f", has_side_effects=True,
-        is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
-    )  # fmt: skip
-
-
-@dsl_user_op
-def _store_transposed(address: Any, *matrices: Any, loc: Any = None, ip: Any = None) -> None:
-    """stmatrix of 1, 2 or 4 transposed 8x8 matrices; lane i gives the address of row i % 8 of matrix i / 8."""
-    count = len(matrices)
-    values = [Uint32(v).ir_value(loc=loc, ip=ip) for v in (address, *matrices)]
-    names = ", ".join(f"${i + 1}" for i in range(count))
-    llvm.inline_asm(
-        None, values, f"stmatrix.sync.aligned.m8n8.x{count}.trans.shared.b16 [$0], {{{names}}};", "r" + ",r" * count,
-        has_side_effects=True, is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
-    )  # fmt: skip
-
-
-@dsl_user_op
-def _store_16_bytes(address: Any, words: Any, *, loc: Any = None, ip: Any = None) -> None:
-    values = [Int64(address).ir_value(loc=loc, ip=ip), *(Uint32(words[i]).ir_value(loc=loc, ip=ip) for i in range(4))]
-    llvm.inline_asm(
-        None, values, "st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r", has_side_effects=True,
-        is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
-    )  # fmt: skip
-
-
 def _scaled(values: Any, scales: Any, half: int, kind: str) -> Any:
     """Two values times one half of `scales`; ptxas makes the broadcast part of the multiply."""
     name = ("lo", "hi")[half]
     code = (
         f"{{ .reg .b16 lo, hi; .reg .b32 t; mov.b32 {{lo, hi}}, $2; mov.b32 t, {{{name}, {name}}}; mul.rn.{kind} $0, $1, t; }}"
     )
-    return _asm_u32(code, values, scales)
+    return asm_u32(code, values, scales)
 
 
 class DualGemm:
-    """One kernel: a Config, 16-bit types of tokens and output, and whether there are two matrices or one.
+    """One kernel: a Config, the types of tokens and output, and whether there are two matrices or one.
 
-    Arguments at launch: x [m, k] (row stride a multiple of 8 elements, 16-byte aligned); packed weights int32
+    Arguments at launch: x [m, k] in 16 bits (row stride a multiple of 8 elements, 16-byte aligned), or codes and block scales
+    of NVFP4 tokens as `produce_tokens` reads them; packed weights int32
     [tiles, units, 576]; float32 global scales of gate (or the one matrix), up and x; float32 biases [n]; `flags`, which says
     which of these are used; the activation's constants; out [m, n].
     """
 
     def __init__(self, config: Config, x_type: Any, out_type: Any, dual: bool) -> None:
-        self.config, self.x_type, self.out_type, self.dual = config, x_type, out_type, dual
+        """x_type, out_type: CuTe DSL's; x_type None for NVFP4 tokens."""
+        self.config, self.out_type, self.dual = config, out_type, dual
+        self.nvfp4 = x_type is None
+        self.x_type = cutlass.Float16 if self.nvfp4 else x_type
         self.brain = x_type is cutlass.BFloat16
         # what the decode leaves: fp16 values are 2^-7 times the weight (2^-14 from the field, 2^7 in the scale), bf16 2^-8
-        self.exponent_bias = 8 if self.brain else 7
+        self.exponent_bias = 8 if self.brain else 7 + TOKEN_BIAS if self.nvfp4 else 7
 
     @cute.jit
     def __call__(
         self,
         x: cute.Tensor,
+        block_scales: cute.Tensor | None,
         weights: cute.Tensor,
         gate_scale: cute.Tensor,
         up_scale: cute.Tensor,
@@ -123,17 +88,20 @@ class DualGemm:
             warpgroup.OperandSource.RMEM,
         )  # fmt: skip
         layout = sm90.make_smem_layout_b(
-            utils.LayoutEnum.from_tensor(x), (64, c.tokens, TILE_K), self.x_type, c.stages * c.stage_units
+            utils.LayoutEnum.ROW_MAJOR, (64, c.tokens, TILE_K), self.x_type, c.stages * c.stage_units
         )
-        one_stage = cute.slice_(layout, (None, None, 0))
-        op = cpasync.CopyBulkTensorTileG2SMulticastOp() if c.cluster > 1 else cpasync.CopyBulkTensorTileG2SOp()
-        load_x, x_coords = cpasync.make_tiled_tma_atom(op, x, one_stage, (c.tokens, TILE_K), num_multicast=c.cluster)
+        load_x, tokens = None, x
+        if cutlass.const_expr(not self.nvfp4):
+            one_stage = cute.slice_(layout, (None, None, 0))
+            op = cpasync.CopyBulkTensorTileG2SMulticastOp() if c.cluster > 1 else cpasync.CopyBulkTensorTileG2SOp()
+            load_x, tokens = cpasync.make_tiled_tma_atom(op, x, one_stage, (c.tokens, TILE_K), num_multicast=c.cluster)
 
         @cute.struct
         class Shared:
             barriers: cute.struct.MemRange[cutlass.Int64, c.stages * 2]
             tokens: cute.struct.Align[cute.struct.MemRange[self.x_type, cute.cosize(layout)], 1024]
             weights: cute.struct.Align[cute.struct.MemRange[Uint32, c.stages * c.stage_units * c.rows * UNIT_WORDS], 128]
+            staging: cute.struct.Align[cute.struct.MemRange[Uint32, c.staging_bytes // 4 if self.nvfp4 else 0], 8]
 
         self.shared = Shared
         outputs = c.rows * (32 if self.dual else 64)
@@ -142,17 +110,19 @@ class DualGemm:
         x_tiles = cutlass.min(token_tiles, c.token_group)
         grid = (x_tiles, cute.ceil_div(row_tiles, c.cluster) * c.cluster, groups * c.splits)
         self.kernel(
-            load_x, x_coords, weights, gate_scale, up_scale, x_scale, gate_bias, up_bias, flags, alpha, beta, limit, out, mma,
-            layout,
+            load_x, tokens, block_scales, weights, gate_scale, up_scale, x_scale, gate_bias, up_bias, flags, alpha, beta,
+            limit, out, mma, layout,
         ).launch(
-            grid=grid, block=(c.threads, 1, 1), cluster=(1, c.cluster, c.splits), stream=stream, min_blocks_per_mp=1
+            grid=grid, block=(c.cta_threads(self.nvfp4), 1, 1), cluster=(1, c.cluster, c.splits), stream=stream,
+            min_blocks_per_mp=1,  # all registers, which setmaxnreg counts on
         )  # fmt: skip
 
     @cute.kernel
     def kernel(
         self,
-        load_x: cute.CopyAtom,
+        load_x: cute.CopyAtom | None,
         x: cute.Tensor,
+        block_scales: cute.Tensor | None,
         weights: cute.Tensor,
         gate_scale: cute.Tensor,
         up_scale: cute.Tensor,
@@ -175,15 +145,16 @@ class DualGemm:
         group = cute.arch.make_warp_uniform(thread // WARPGROUP)
 
         # ---- shared memory and barriers ----
-        if warp == 0:
-            cpasync.prefetch_descriptor(load_x)
+        if cutlass.const_expr(not self.nvfp4):
+            if warp == 0:
+                cpasync.prefetch_descriptor(load_x)
         shared = SmemAllocator().allocate(self.shared)
         pipe = pipeline.PipelineTmaAsync.create(
             barrier_storage=shared.barriers.data_ptr(),
             num_stages=c.stages,
-            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 1 + self.nvfp4),
             consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 4 * c.rows * c.cluster),
-            tx_count=c.stage_bytes,
+            tx_count=c.stage_units * c.rows * UNIT_BYTES if self.nvfp4 else c.stage_bytes,
             cta_layout_vmnk=cute.make_layout((1, 1, c.cluster, 1)),
         )
         s_tokens = shared.tokens.get_tensor(layout.outer, swizzle=layout.inner)
@@ -198,8 +169,8 @@ class DualGemm:
             steps = 0
 
         if group == c.consumers:
-            # ---- producers: two warps of the last warpgroup, each with half of the instructions ----
-            cute.arch.setmaxregister_decrease(c.producer_registers)
+            # ---- producers: two warps of a warpgroup, each with half of the instructions ----
+            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, c.stages)
             if warp == 4 * c.consumers:
                 # weights, and the stage's bytes; no other kernel writes weights, so none is waited for
@@ -208,23 +179,19 @@ class DualGemm:
                     self.load_weights(weights, s_weights, pipe, state, row_tile, first_step + k)
                     state.advance()
                 pipe.producer_tail(state)
-            if warp == 4 * c.consumers + 1:
-                # tokens, which the kernel before this one may write; the bytes may arrive before they are announced
-                g_tokens = cute.local_tile(x, (c.tokens, TILE_K), (token_tile, None))
-                share = row_tile % c.cluster
-                to_shared, from_global = cpasync.tma_partition(
-                    load_x, share, cute.make_layout(c.cluster), cute.group_modes(s_tokens, 0, 2),
-                    cute.group_modes(g_tokens, 0, 2),
+            if cutlass.const_expr(not self.nvfp4):
+                if warp == 4 * c.consumers + 1:
+                    self.copy_tokens(load_x, x, s_tokens, pipe, state, token_tile, row_tile, first_step, steps)
+        if cutlass.const_expr(self.nvfp4):
+            if group == c.consumers + 1:
+                # ---- a warpgroup that decodes tokens ----
+                self.decode_tokens(
+                    x, block_scales, shared.tokens.data_ptr(), shared.staging.data_ptr(), pipe, token_tile, first_step, steps,
+                    warp,
                 )  # fmt: skip
-                cute.arch.griddepcontrol_wait()
-                cute.arch.griddepcontrol_launch_dependents()
-                for k in cutlass.range(steps, unroll=1):
-                    pipe.sync_object_empty.wait(state.index, state.phase)
-                    self.load_tokens(load_x, from_global, to_shared, pipe, state, first_step + k)
-                    state.advance()
-        else:
+        if group < c.consumers:
             # ---- consumers ----
-            cute.arch.setmaxregister_increase(c.consumer_registers)
+            cute.arch.setmaxregister_increase(c.consumer_registers(self.nvfp4))
             row, k_group = group % c.rows, group // c.rows
             lane = thread % WARPGROUP
             sums = cute.make_rmem_tensor(mma.partition_shape_C((64, c.tokens)), Float32)
@@ -267,6 +234,35 @@ class DualGemm:
                 first = weights[(tile, k * c.stage_units, None)].iterator
                 source = cute.make_tensor(first, cute.make_layout(stage_words))
                 cute.copy(copy_units, source, s_weights[(None, i, state.index)], mbar_ptr=pipe.producer_get_barrier(state))
+
+    @cute.jit
+    def decode_tokens(self, x, block_scales, tokens, staging, pipe, token_tile, first_step, steps, warp):
+        """All token stages, from NVFP4."""
+        c = self.config
+        cute.arch.setmaxregister_decrease(DECODER_REGISTERS)
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        produce_tokens(
+            x, block_scales, tokens.toint(), staging.toint(), pipe, token_tile * c.tokens, first_step, steps,
+            warp - 4 * (c.consumers + 1), c,
+        )  # fmt: skip
+
+    @cute.jit
+    def copy_tokens(self, load_x, x, s_tokens, pipe, state, token_tile, row_tile, first_step, steps):
+        """All token stages, which the kernel before this one may write; bytes may arrive before they are announced."""
+        c = self.config
+        g_tokens = cute.local_tile(x, (c.tokens, TILE_K), (token_tile, None))
+        share = row_tile % c.cluster
+        to_shared, from_global = cpasync.tma_partition(
+            load_x, share, cute.make_layout(c.cluster), cute.group_modes(s_tokens, 0, 2),
+            cute.group_modes(g_tokens, 0, 2),
+        )  # fmt: skip
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        for k in cutlass.range(steps, unroll=1):
+            pipe.sync_object_empty.wait(state.index, state.phase)
+            self.load_tokens(load_x, from_global, to_shared, pipe, state, first_step + k)
+            state.advance()
 
     @cute.jit
     def load_tokens(self, load_x, from_global, to_shared, pipe, state, k):
@@ -324,6 +320,8 @@ class DualGemm:
         """Decode and multiply one stage; release the stage before it once its products are done."""
         c = self.config
         pipe.sync_object_full.wait(stage, phase)
+        if cutlass.const_expr(self.nvfp4):  # warps wrote the tokens, and wgmma reads them through the async proxy
+            cute.arch.fence_proxy("async.shared", space="cta")
         for u in cutlass.range_constexpr(c.stage_units):
             fragment = odd if cutlass.const_expr(u == 1) else even
             codes, scales = self.load_unit(s_weights, stage, row, lane, u)
@@ -420,10 +418,10 @@ class DualGemm:
                 if split != part:
                     slot = split if split < part else split - 1
                     offset = 4 * received((0, lane, row, slot))
-                    there = _asm_u32("mapa.shared::cluster.u32 $0, $1, $2;", memory.toint() + offset, part)
+                    there = asm_u32("mapa.shared::cluster.u32 $0, $1, $2;", memory.toint() + offset, part)
                     for i in cutlass.range_constexpr(0, count, 4):
                         four = [sums[part * count + i + e] for e in range(4)]
-                        _store_remote(there + i * WARPGROUP * 4, *four)
+                        store_remote(there + i * WARPGROUP * 4, *four)
         cute.arch.cluster_arrive()
         cute.arch.cluster_wait()
         if k_group == 0:
@@ -568,7 +566,7 @@ class DualGemm:
                 address = base + (8 * (i + mine) + in_warp % 8) * pitch + w * 16
             else:
                 address = base + (8 * ((i + mine) // 2) + in_warp % 8) * pitch + w * 32 + (i + mine) % 2 * 16
-            _store_transposed(address, *[words[i + e] for e in range(batch)])
+            store_transposed(address, *[words[i + e] for e in range(batch)])
         cute.arch.barrier(barrier_id=2 + row, number_of_threads=WARPGROUP)
         tokens, n = out.shape
         start = out.iterator.toint()
@@ -584,7 +582,7 @@ class DualGemm:
                 cute.autovec_copy(cute.make_tensor(there, cute.make_layout(4)), four)
                 if aligned & (column + 8 <= n):
                     offset = Int64(first_token + token) * Int64(out.stride[0]) + column
-                    _store_16_bytes(start + offset * 2, four)
+                    store_16_bytes(start + offset * 2, four)
                 else:
                     elements = cute.recast_tensor(four, self.out_type)
                     for e in cutlass.range_constexpr(8):

@@ -6,31 +6,53 @@
 from __future__ import annotations
 
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from glu4.activation import Activation
-from glu4.backends.hopper import tuned
+from glu4.backends.hopper import tokens, tuned
 from glu4.backends.hopper.config import SHIPPED, TILE_K, Config
 from glu4.backends.hopper.pack import UNIT_WORDS
 from glu4.backends.hopper.spec import KernelSpec, shipped
+from glu4.backends.hopper.tokens import DECODED, NVFP4, Format, Source, format_of, prepared, source
 from glu4.compiled import store
-from glu4.compiled.driver import Kernel
+from glu4.compiled.driver import Kernel, Repeat
 from glu4.errors import UnsupportedError
-from glu4.nvfp4 import BLOCK, E2M1_VALUES, NVFP4Tensor
+from glu4.nvfp4 import NVFP4Tensor
 from glu4.problem import Problem
 
-__all__ = ["Choice", "available", "choice", "decode", "dense", "float32", "forget", "is_hopper", "load", "row_stride", "submit"]
+__all__ = [
+    "Choice",
+    "Plan",
+    "available",
+    "choice",
+    "dense",
+    "float32",
+    "forget",
+    "is_hopper",
+    "keep",
+    "load",
+    "plans",
+    "submit",
+]
 
 _C = torch._C
 _X_SCALE, _GATE_BIAS, _UP_BIAS, _IDENTITY = 1, 2, 4, 8
-# parameters after x: m, k; weights; three scales; two biases; flags; alpha, beta, limit; out; one byte that is not read
+# parameters after the tensor map: m, k; weights; three scales; two biases; flags; alpha, beta, limit; out; a byte not read
 _PARAMETERS = ("ii", "QiiQ", "Q", "Q", "Q", "Qi4x", "Qi4x", "i", "f", "f", "f", "QiiQ", "x")
-_FORMATS = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_NVFP4_PARAMETERS = ("QiiQ", "QiiQ", *_PARAMETERS[1:])  # of a kernel that decodes tokens: their codes and scales instead
+_VARIED = (1, 4, 5, 13)  # of these, in 64-bit words: the addresses of the weights, of gate's and up's scale, and of the output
+_FORMATS = {torch.float16: "float16", torch.bfloat16: "bfloat16", NVFP4: "nvfp4", DECODED: "nvfp4"}
 
-Format = torch.dtype | str  # of x: its dtype, or "nvfp4"
-Choice = tuple[Kernel, tuple[int, int, int]]  # and its grid
+
+class Choice(NamedTuple):
+    """nvfp4: whether the kernel decodes NVFP4 tokens itself."""
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    nvfp4: bool
 
 
 # ---- devices and kernels ----
@@ -60,25 +82,34 @@ def _kernel(spec: KernelSpec) -> Kernel | None:
     found = store.find(spec)
     if found is None:
         return None
-    dtype = torch.bfloat16 if spec.x == "bf16" else torch.float16
     c = spec.config
-    return Kernel(*found, _PARAMETERS, dtype, (c.box_tokens, TILE_K), (1, c.cluster, c.splits))
+    cluster = (1, c.cluster, c.splits)
+    if spec.nvfp4:
+        return Kernel(*found, _NVFP4_PARAMETERS, cluster=cluster)
+    dtype = torch.bfloat16 if spec.x == "bf16" else torch.float16
+    return Kernel(*found, _PARAMETERS, dtype, (c.box_tokens, TILE_K), cluster)
 
 
 def _spec(config: Config, x: Format, out: torch.dtype, dual: bool) -> KernelSpec:
+    nvfp4 = x == NVFP4 and config.takes_nvfp4
     # NVFP4 tokens are decoded to fp16, which holds them exactly
-    return KernelSpec.of(config, x if isinstance(x, torch.dtype) else torch.float16, out, dual)
+    return KernelSpec.of(config, x if isinstance(x, torch.dtype) else torch.float16, out, dual, nvfp4)
+
+
+def _choice(config: Config, m: int, n: int, x: Format, out: torch.dtype, dual: bool) -> Choice | None:
+    spec = _spec(config, x, out, dual)
+    kernel = _kernel(spec)
+    return None if kernel is None else Choice(kernel, config.grid(m, n, dual), spec.nvfp4)
 
 
 @lru_cache(maxsize=1 << 14)
 def choice(m: int, n: int, k: int, dual: bool, x: Format, out: torch.dtype, index: int) -> Choice | None:
     """The best kernel that is packaged or cached, for one matrix pair (or matrix) on one device; None when there is none."""
-    x_format = x if isinstance(x, str) else _FORMATS[x]
-    problem = Problem(m, n, k, operation="dual_gemm" if dual else "linear", x_format=x_format, out_dtype=out)
+    problem = Problem(m, n, k, operation="dual_gemm" if dual else "linear", x_format=_FORMATS[x], out_dtype=out)
     for config in tuned.ordered(problem, *_properties(index)):
-        kernel = _kernel(_spec(config, x, out, dual))
-        if kernel is not None:
-            return kernel, config.grid(m, n, dual)
+        found = _choice(config, m, n, x, out, dual)
+        if found is not None:
+            return found
     return None
 
 
@@ -89,50 +120,20 @@ def available(dual: bool, x: Format, out: torch.dtype) -> bool:
 
 def load(dual: bool, packed: Tensor) -> None:
     """Load every kernel of an operation onto the device of `packed`, so that no later call has to, nor a captured graph."""
-    for spec in shipped():
-        kernel = _kernel(spec) if spec.dual == dual else None
+    kernels = [_kernel(spec) for spec in shipped(dual) if isinstance(spec, KernelSpec)]
+    for kernel in (*kernels, tokens.decoder()):
         if kernel is not None:
             kernel.load(packed.get_device())
-    _pairs(packed.device)
 
 
 def forget() -> None:
     """Look for kernels and measured tables again at the next use, for those that were made since."""
+    tuned.forget()
+    tokens.forget()
     _kernel.cache_clear()
     choice.cache_clear()
-
-
-# ---- tokens ----
-
-
-@cache
-def _pairs(device: torch.device) -> Tensor:
-    """For each packed byte its two values in fp16, side by side as one int32."""
-    values = torch.tensor(E2M1_VALUES, dtype=torch.float16)
-    byte = torch.arange(256)
-    return torch.stack((values[byte & 0xF], values[byte >> 4]), -1).view(torch.int32).flatten().to(device)
-
-
-def decode(x: NVFP4Tensor) -> Tensor:
-    """e2m1 * e4m3 of `[..., rows, K]` in fp16, exact, without the global scale."""
-    codes = x.codes
-    values = torch.index_select(_pairs(codes.device), 0, codes.flatten().int()).view(torch.float16)
-    scale = x.linear_block_scale() if x.is_swizzled else x.block_scale
-    blocks = values.view(*codes.shape[:-1], -1, BLOCK)
-    return blocks.mul_(scale.half().unsqueeze(-1)).view(*codes.shape[:-1], -1)
-
-
-def row_stride(x: Tensor) -> int | None:
-    """The stride in elements of x's rows `[..., K]`, if a tensor map can address them: steps of 16 bytes, none overlapping."""
-    if x.data_ptr() % 16:
-        return None
-    if x.is_contiguous():
-        return x.shape[-1]
-    if x.ndim != 2 or x.stride(1) != 1:
-        return None
-    rows, k = x.shape
-    row = k if rows == 1 else x.stride(0)
-    return row if row % 8 == 0 and k <= row < 1 << 35 else None
+    for remembered in _plans.values():
+        remembered.clear()
 
 
 # ---- launching ----
@@ -141,7 +142,7 @@ def row_stride(x: Tensor) -> int | None:
 def submit(
     chosen: Choice,
     index: int,
-    tokens: tuple[int, int, int, int],
+    x: Source,
     packed: Tensor,
     scales: tuple[Tensor, Tensor],
     x_scale: Tensor | None,
@@ -152,15 +153,12 @@ def submit(
 ) -> None:
     """One launch on device `index`, in its current stream.
 
-    tokens   address, M, K and row stride in bytes, as a tensor map takes them
     biases   float32, dense, or None
     out      address, M, N and row stride in elements
     overlap  False when work just before in the stream writes `packed`: kernels may read weights before it is done
     """
-    kernel, grid = chosen
-    (_, m, k, _), n = tokens, out[2]
     gate, up = scales[0].data_ptr(), scales[1].data_ptr()
-    flags = _IDENTITY if activation.kind == "identity" else 0
+    flags = 0
     x_scale_address = gate_bias = up_bias = gate  # addresses that are not read
     if x_scale is not None:
         flags |= _X_SCALE
@@ -171,33 +169,76 @@ def submit(
     if biases[1] is not None:
         flags |= _UP_BIAS
         up_bias = biases[1].data_ptr()
+    params = x.params + _params(packed, (gate, up), x_scale_address, (gate_bias, up_bias), activation, flags, out)
+    chosen.kernel.launch(index, _C._cuda_getCurrentRawStream(index), chosen.grid, x.matrix, params, overlap)
+
+
+def _params(
+    packed: Tensor,
+    scales: tuple[int, int],
+    x_scale: int,
+    biases: tuple[int, int],
+    activation: Activation,
+    flags: int,
+    out: tuple[int, int, int, int],
+) -> tuple[int | float, ...]:
+    """The parameters from the weights on, as `_PARAMETERS` packs them; scales and biases are addresses."""
     tiles, units, _ = packed.shape
-    params = (
-        m, k, packed.data_ptr(), tiles, units, units * UNIT_WORDS, gate, up, x_scale_address, gate_bias, n, up_bias, n, flags,
+    n = out[2]
+    flags |= _IDENTITY if activation.kind == "identity" else 0
+    return (
+        packed.data_ptr(), tiles, units, units * UNIT_WORDS, *scales, x_scale, biases[0], n, biases[1], n, flags,
         activation.alpha, activation.beta, activation.limit, *out,
     )  # fmt: skip
-    kernel.launch(index, _C._cuda_getCurrentRawStream(index), grid, tokens, params, overlap)
 
 
-def _one(
-    out: Tensor,
-    tokens: Tensor,
-    packed: Tensor,
-    scales: tuple[Tensor, Tensor],
-    x_scale: Tensor | None,
-    biases: tuple[Tensor | None, Tensor | None],
-    activation: Activation,
-    chosen: Choice,
-    overlap: bool,
-) -> None:
-    """One launch. out `[M, N]`, its rows dense; tokens `[M, K]` in 16 bits; biases float32, dense."""
-    (m, k), n = tokens.shape, out.shape[1]
-    row = row_stride(tokens)
-    if row is None:
-        tokens = tokens.clone(memory_format=torch.contiguous_format)
-        row = k
-    source, target = (tokens.data_ptr(), m, k, 2 * row), (out.data_ptr(), m, n, out.stride(0))
-    submit(chosen, out.get_device(), source, packed, scales, x_scale, biases, activation, target, overlap)
+@cache
+def _unread(device: torch.device) -> Tensor:
+    """Memory whose address stays valid."""
+    return torch.zeros(4, device=device)
+
+
+class Plan:
+    """What calls with one shape and type of x `[..., M, K]` in 16 bits, dense, without biases, have in common.
+
+    shape, dtype  of the output `[..., M, N]`, dense
+    """
+
+    __slots__ = ("_index", "_repeat", "activation", "dtype", "in_bytes", "out_bytes", "shape")
+
+    def __init__(
+        self, chosen: Choice, x: Tensor, packed: Tensor, activation: Activation, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        tokens = source(x)
+        m, k, n = tokens.m, tokens.k, shape[-1]
+        self.activation, self.shape, self.dtype = activation, shape, dtype
+        self.in_bytes, self.out_bytes = 2 * m * k, 2 * m * n
+        self._index = x.get_device()
+        assert tokens.matrix is not None
+        unread = _unread(x.device).data_ptr()
+        params = tokens.params + _params(packed, (unread, unread), unread, (unread, unread), activation, 0, (0, m, n, n))
+        self._repeat = Repeat(chosen.kernel, self._index, chosen.grid, tokens.matrix, params, _VARIED)
+
+    def launch(self, x: int, packed: int, gate: int, up: int, out: int) -> None:
+        """One launch in the device's current stream, with these addresses, as `submit` with `overlap` makes it."""
+        self._repeat(_C._cuda_getCurrentRawStream(self._index), x, packed, gate, up, out)
+
+
+Plans = dict[tuple[torch.Size, torch.dtype, torch.dtype | None], Plan]
+_PLANS = 1 << 12  # of one shape of weights
+_plans: dict[tuple[int, int, bool, int], Plans] = {}
+
+
+def plans(n: int, k: int, dual: bool, index: int) -> Plans:
+    """The plans of all weights of one shape on one device, by x's shape and dtype and the dtype asked for."""
+    return _plans.setdefault((n, k, dual, index), {})
+
+
+def keep(remembered: Plans, key: tuple[torch.Size, torch.dtype, torch.dtype | None], plan: Plan) -> None:
+    """Remember a plan, and no more than so many."""
+    if len(remembered) >= _PLANS:
+        remembered.clear()
+    remembered[key] = plan
 
 
 def _item(t: Tensor, index: int, ndim: int) -> Tensor:
@@ -237,31 +278,28 @@ def dense(
         dense(dense_out, x, packed, scales, biases, activation, problem, config, overlap)
         out.copy_(dense_out)
         return
-    chosen = _insisted(problem, x, out, config) if config else choice(*_sizes(problem, x, out), out.get_device())
+    index, dual = out.get_device(), problem.operation == "dual_gemm"
+    m, n, k, x_format = out.shape[-2], out.shape[-1], x.shape[-1], format_of(x)
+    if config is None:
+        chosen = choice(m, n, k, dual, x_format, out.dtype, index)
+    else:
+        chosen = _choice(config, m, n, x_format, out.dtype, dual)
     if chosen is None:
         raise UnsupportedError("no compiled Hopper kernel for this problem; run glu4 compile")
-    tokens, x_scale = (decode(x), x.global_scale) if isinstance(x, NVFP4Tensor) else (x, None)
+    x_scale = x.global_scale if isinstance(x, NVFP4Tensor) else None
     floats = (float32(biases[0]), float32(biases[1]))
+    x = prepared(x, chosen.nvfp4, index)
     if out.ndim == 2:
-        _one(out, tokens, packed, scales, x_scale, floats, activation, chosen, overlap)
+        tokens, target = source(x), (out.data_ptr(), m, n, out.stride(0))
+        submit(chosen, index, tokens, packed, scales, x_scale, floats, activation, target, overlap)
         return
     for i in range(out.shape[0]):
         own = packed[i] if packed.ndim == 4 else packed
         own_scales = (_item(scales[0], i, 0), _item(scales[1], i, 0))
         own_x_scale = None if x_scale is None else _item(x_scale, i, 0)
         own_biases = (_optional_item(floats[0], i), _optional_item(floats[1], i))
-        _one(out[i], tokens[i], own, own_scales, own_x_scale, own_biases, activation, chosen, overlap)
-
-
-def _sizes(problem: Problem, x: Tensor | NVFP4Tensor, out: Tensor) -> tuple[int, int, int, bool, Format, torch.dtype]:
-    x_format: Format = "nvfp4" if isinstance(x, NVFP4Tensor) else x.dtype
-    return out.shape[-2], out.shape[-1], x.shape[-1], problem.operation == "dual_gemm", x_format, out.dtype
-
-
-def _insisted(problem: Problem, x: Tensor | NVFP4Tensor, out: Tensor, config: Config) -> Choice | None:
-    m, n, _, dual, x_format, dtype = _sizes(problem, x, out)
-    kernel = _kernel(_spec(config, x_format, dtype, dual))
-    return None if kernel is None else (kernel, config.grid(m, n, dual))
+        tokens, target = source(x, i), (out[i].data_ptr(), m, n, out.stride(1))
+        submit(chosen, index, tokens, own, own_scales, own_x_scale, own_biases, activation, target, overlap)
 
 
 def _optional_item(bias: Tensor | None, index: int) -> Tensor | None:

@@ -1,0 +1,146 @@
+"""Tokens as a kernel takes them: a matrix in 16 bits, or NVFP4 that it decodes itself, or that is decoded ahead of it."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from glu4.backends.hopper.config import DECODE_THREADS, DECODE_WORDS
+from glu4.backends.hopper.spec import DecodeSpec
+from glu4.compiled import store
+from glu4.compiled.driver import Kernel, Matrix
+from glu4.nvfp4 import BLOCK, E2M1_VALUES, NVFP4Tensor
+
+__all__ = [
+    "DECODED",
+    "NVFP4",
+    "Format",
+    "Source",
+    "decode",
+    "decoder",
+    "forget",
+    "format_of",
+    "prepared",
+    "row_stride",
+    "source",
+]
+
+_C = torch._C
+NVFP4, DECODED = "nvfp4", "nvfp4, decoded"  # NVFP4 that a kernel can read as it lies in memory, and any other
+Format = torch.dtype | str  # of x: its dtype, or one of these
+# of sm90_decode_tokens: codes, scales and output with their sizes, and the words of a row where scales are swizzled
+_DECODER_PARAMETERS = ("Qi4x", "Qi4x", "Qi4x", "i")
+_MAX_WORDS = 1 << 29  # of eight codes, so that the output's four for each of them have 32-bit indices
+_UNIT = 64  # of K: scales come to the kernel four at a time
+
+
+class Source(NamedTuple):
+    """What a launch reads its tokens from, `[M, K]`.
+
+    matrix   what the tensor map covers; None where the kernel decodes
+    params   the parameters up to the weights
+    held     memory that the launch reads
+    """
+
+    m: int
+    k: int
+    matrix: Matrix | None
+    params: tuple[int, ...]
+    held: Tensor
+
+
+def format_of(x: Tensor | NVFP4Tensor) -> Format:
+    """What decides which kernels can take x."""
+    if not isinstance(x, NVFP4Tensor):
+        return x.dtype
+    codes, scales = x.codes, x.block_scale
+    readable = not x.is_swizzled and codes.is_contiguous() and scales.is_contiguous()
+    aligned = codes.shape[-1] * 2 % _UNIT == 0 and codes.data_ptr() % 8 == 0 and scales.data_ptr() % 4 == 0
+    return NVFP4 if readable and aligned else DECODED
+
+
+def prepared(x: Tensor | NVFP4Tensor, as_nvfp4: bool, index: int) -> Tensor | NVFP4Tensor:
+    """x `[..., M, K]` on device `index`, decoded to fp16 if it is NVFP4 and the kernel does not decode it (`as_nvfp4`)."""
+    return _decoded(x, index) if isinstance(x, NVFP4Tensor) and not as_nvfp4 else x
+
+
+def source(x: Tensor | NVFP4Tensor, item: int | None = None) -> Source:
+    """Of what `prepared` gives, matrix `item`, or all `[..., M, K]` as one matrix; copied if a tensor map cannot address it."""
+    if not isinstance(x, NVFP4Tensor):
+        x = x if item is None else x[item]
+        row = row_stride(x)
+        if row is None:
+            x, row = x.clone(memory_format=torch.contiguous_format), x.shape[-1]
+        k = x.shape[-1]
+        m = x.numel() // k
+        return Source(m, k, (x.data_ptr(), m, k, 2 * row), (m, k), x)
+    codes, scales = (t if item is None else t[item] for t in (x.codes, x.block_scale))
+    k = codes.shape[-1] * 2
+    m = codes.numel() * 2 // k
+    blocks = k // BLOCK
+    shape = (m, blocks, blocks)
+    return Source(m, k, None, (codes.data_ptr(), *shape, scales.data_ptr(), *shape), codes)
+
+
+def row_stride(x: Tensor) -> int | None:
+    """The stride in elements of x's rows `[..., K]`, if a tensor map can address them: steps of 16 bytes, none overlapping."""
+    if x.data_ptr() % 16:
+        return None
+    if x.is_contiguous():
+        return x.shape[-1]
+    if x.ndim != 2 or x.stride(1) != 1:
+        return None
+    rows, k = x.shape
+    row = k if rows == 1 else x.stride(0)
+    return row if row % 8 == 0 and k <= row < 1 << 35 else None
+
+
+# ---- decoded ahead ----
+
+
+@cache
+def decoder() -> Kernel | None:
+    """The kernel that decodes, if it is packaged or cached."""
+    found = store.find(DecodeSpec())
+    return None if found is None else Kernel(*found, _DECODER_PARAMETERS)
+
+
+def forget() -> None:
+    """Look for the kernel again at the next use."""
+    decoder.cache_clear()
+
+
+def _decoded(x: NVFP4Tensor, index: int) -> Tensor:
+    """`decode`, by a kernel where there is one that can."""
+    codes, scales = x.codes, x.block_scale
+    kernel, words = decoder(), codes.numel() // 4
+    plain = codes.is_contiguous() and scales.is_contiguous() and codes.data_ptr() % 4 == 0
+    if kernel is None or not plain or words > _MAX_WORDS or (x.is_swizzled and codes.ndim != 2):
+        return decode(x)
+    k = codes.shape[-1] * 2
+    out = torch.empty((*codes.shape[:-1], k), dtype=torch.float16, device=codes.device)
+    grid = (-(-words // (DECODE_THREADS * DECODE_WORDS)), 1, 1)
+    row_words = k // 8 if x.is_swizzled else 0
+    params = (codes.data_ptr(), words, scales.data_ptr(), scales.numel(), out.data_ptr(), 4 * words, row_words)
+    kernel.launch(index, _C._cuda_getCurrentRawStream(index), grid, None, params)
+    return out
+
+
+@cache
+def _pairs(device: torch.device) -> Tensor:
+    """For each packed byte its two values in fp16, side by side as one int32."""
+    values = torch.tensor(E2M1_VALUES, dtype=torch.float16)
+    byte = torch.arange(256)
+    return torch.stack((values[byte & 0xF], values[byte >> 4]), -1).view(torch.int32).flatten().to(device)
+
+
+def decode(x: NVFP4Tensor) -> Tensor:
+    """e2m1 * e4m3 of `[..., rows, K]` in fp16, exact, without the global scale; by torch."""
+    codes = x.codes
+    values = torch.index_select(_pairs(codes.device), 0, codes.flatten().int()).view(torch.float16)
+    scale = x.linear_block_scale() if x.is_swizzled else x.block_scale
+    blocks = values.view(*codes.shape[:-1], -1, BLOCK)
+    return blocks.mul_(scale.half().unsqueeze(-1)).view(*codes.shape[:-1], -1)
