@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import glu4
 import glu4.nn
 from glu4.backends.hopper import launch, tokens
-from glu4.backends.hopper.spec import KernelSpec, shipped
+from glu4.backends.hopper.spec import KernelSpec, Spec, shipped
 from glu4.compiled import driver, store
 
 CALLS, ROUNDS = 50, 100
@@ -59,10 +59,15 @@ class Nothing:
 def pretend() -> None:
     """Make the CPU a Hopper GPU on which nothing runs."""
     nothing = Nothing()
-    sizes = [128, 8, 24, 8, 8, 8, 16, 16, 4, 4, 4, 4, 24, 1]
-    form = {"entry": "", "params": sizes, "threads": 256, "shared_bytes": 1000, "pdl": True}
+    behind = [24, 8, 8, 8, 16, 16, 4, 4, 4, 4, 24, 1]  # bytes of the parameters behind the tokens'
+    sizes = {"w4a16": [128, 8, *behind], "w4a4": [24, 24, *behind], "decode": [16, 16, 16, 4]}
+
+    def find(spec: Spec) -> tuple[bytes, dict[str, Any]]:
+        kind = "decode" if not isinstance(spec, KernelSpec) else "w4a4" if spec.nvfp4 else "w4a16"
+        return b"", {"entry": "", "params": sizes[kind], "threads": 256, "shared_bytes": 1000, "pdl": True}
+
     driver._cuda = lambda: nothing
-    store.find = lambda spec: (b"", form)
+    store.find = find
     launch.is_hopper = lambda device: True
     launch._properties = lambda index: ("nothing", 132)
     torch._C._cuda_getDevice = lambda: -1
@@ -143,8 +148,8 @@ def driver_call(x: Tensor, weights: glu4.GatedWeights, overlap: bool) -> Callabl
     frames.clear()  # so that the next launch makes memory that nobody else gets
     packed, scales = weights.packed, (weights.scales[0], weights.scales[1])
     assert packed is not None
-    source, target = (x.data_ptr(), m, k, 2 * k), (out.data_ptr(), m, n, n)
-    launch.submit(chosen, x.get_device(), source, packed, scales, None, (None, None), glu4.SILU, target, overlap)
+    target = (out.data_ptr(), m, n, n)
+    launch.submit(chosen, x.get_device(), tokens.source(x), packed, scales, None, (None, None), glu4.SILU, target, overlap)
     frame = frames.pop()
     frames.extend(others)
     handle, function = chosen[0].handle, driver._cuda().cuLaunchKernelEx
@@ -170,6 +175,7 @@ def calls(m: int, n: int, k: int, device: str) -> dict[str, Callable[[], object]
     one = glu4.LinearWeight(operand(n, k, device)).prepare(device)
     x = torch.randn(m, k, device=device).half()
     x4, out = glu4.quantize(x), torch.empty(m, n, dtype=x.dtype, device=device)
+    ahead = x4.to_swizzled()
     mlp = glu4.nn.GatedMLP(weights, nn.Identity())
     linear = glu4.nn.NVFP4Linear(one.matrix)
     dense = torch.randn(n, k, device=device).half()
@@ -181,6 +187,7 @@ def calls(m: int, n: int, k: int, device: str) -> dict[str, Callable[[], object]
         "dual_gemm W4A16": lambda: glu4.dual_gemm(x, weights),
         "dual_gemm W4A16, out given": lambda: glu4.dual_gemm(x, weights, out=out),
         "dual_gemm W4A4": lambda: glu4.dual_gemm(x4, weights, out_dtype=torch.float16),
+        "dual_gemm W4A4, decoded ahead": lambda: glu4.dual_gemm(ahead, weights, out_dtype=torch.float16),
         "linear W4A16": lambda: glu4.linear(x, one),
         "linear W4A4": lambda: glu4.linear(x4, one, out_dtype=torch.float16),
         "GatedMLP, without its down_proj": lambda: mlp(x),

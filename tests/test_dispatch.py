@@ -21,7 +21,7 @@ from glu4 import (
     linear,
     quantize,
 )
-from glu4.backends.hopper.spec import KernelSpec, shipped
+from glu4.backends.hopper.spec import DecodeSpec, KernelSpec, Spec, shipped
 from glu4.compiled import store
 from operands import full_range
 
@@ -85,7 +85,7 @@ def test_kernels_are_compiled_at_first_use_where_that_is_possible(
 ) -> None:
     made: list[str] = []
 
-    def compile_missing(specs: Sequence[KernelSpec], on_done: Callable[[str], None]) -> int:
+    def compile_missing(specs: Sequence[Spec], on_done: Callable[[str], None]) -> int:
         for spec in specs:
             on_done(spec.name)
         made.extend(spec.name for spec in specs)
@@ -98,18 +98,21 @@ def test_kernels_are_compiled_at_first_use_where_that_is_possible(
     monkeypatch.setattr(store, "compile_missing", compile_missing)
     w = GatedWeights(full_range(1, 8, 16), full_range(2, 8, 16)).prepare("cpu")
     assert w.packed is not None
-    dual = [s.name for s in shipped() if s.dual]
+    dual = [s.name for s in shipped(dual=True)]
     assert made == dual
+    assert {s.dual for s in shipped(dual=True) if isinstance(s, KernelSpec)} == {True}
     assert (
         f"glu4: compiling {len(dual)} dual_gemm kernels, once (glu4 compile does it beforehand): {len(dual)}"
         in capsys.readouterr().err
     )
     dual_gemm(torch.ones(1, 16).half(), w, backend="hopper")
     linear(torch.ones(1, 16).half(), LinearWeight(w.gate))
-    assert len(made) == len(shipped())
+    assert made == dual + [s.name for s in shipped(dual=False)]  # what decodes tokens is of both
+    assert set(made) == {s.name for s in shipped()}
+    before = len(made)
     dual_gemm(quantize(torch.ones(1, 16)), w)
-    assert len(made) == len(shipped())
-    assert len(bare.launches) == 3
+    assert len(made) == before
+    assert [type(e.spec) for e in bare.launches] == [KernelSpec, KernelSpec, DecodeSpec, KernelSpec]
 
 
 def test_compiling_that_fails_is_tried_once_and_told(bare: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,9 +134,12 @@ def test_compiling_that_fails_is_tried_once_and_told(bare: FakeCuda, monkeypatch
 
 def test_kernels_of_some_types_only(bare: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is there is used; the rest says that it is missing."""
-    monkeypatch.setattr(
-        store, "find", lambda s: (json.dumps(s.to_dict()).encode(), description(s)) if (s.x, s.out) == ("f16", "f16") else None
-    )
+
+    def find(spec: Spec) -> tuple[bytes, dict[str, object]] | None:
+        there = isinstance(spec, KernelSpec) and (spec.x, spec.out) == ("f16", "f16")
+        return (json.dumps(spec.to_dict()).encode(), description(spec)) if there else None
+
+    monkeypatch.setattr(store, "find", find)
     w = GatedWeights(full_range(1, 8, 16), full_range(2, 8, 16)).prepare("cpu")
     assert w.packed is not None
     dual_gemm(torch.ones(1, 16).half(), w)
@@ -143,6 +149,8 @@ def test_kernels_of_some_types_only(bare: FakeCuda, monkeypatch: pytest.MonkeyPa
     with pytest.raises(UnsupportedError, match="run glu4 compile"):
         dual_gemm(torch.ones(1, 16).bfloat16(), w, backend="hopper")
     assert len(bare.launches) == 1
+    dual_gemm(quantize(torch.ones(1, 16)), w, out_dtype=torch.float16)  # torch decodes, and the kernel for fp16 multiplies
+    assert len(bare.launches) == 2
 
 
 def test_other_devices_fall_back() -> None:

@@ -204,7 +204,8 @@ def _check_out(x: Tensor | NVFP4Tensor, out: Tensor | None, shape: tuple[int, ..
     _check_device("out", out, x)
     if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
         raise ValueError("out: several of its elements are one in memory (it is expanded); pass a tensor of its own memory")
-    if isinstance(x, Tensor) and not torch.compiler.is_compiling() and _overlap(out, x):
+    parts = (x,) if isinstance(x, Tensor) else (x.codes, x.block_scale)
+    if not torch.compiler.is_compiling() and any(_overlap(out, part) for part in parts):
         raise ValueError("out overlaps x in memory, and x is read again after out is first written; pass another tensor")
 
 

@@ -16,8 +16,8 @@ import pytest
 from typer.testing import CliRunner
 
 from compiled.test_cubin import FRAME_SIZE, REGISTERS, of_info, sized
-from glu4.backends.hopper.config import SHIPPED, Config
-from glu4.backends.hopper.spec import shipped
+from glu4.backends.hopper.config import DECODE_THREADS, SHIPPED, Config
+from glu4.backends.hopper.spec import DecodeSpec, Spec, shipped
 from glu4.cli import app, output
 from glu4.compiled import store
 from gpu.proofs import sum_order
@@ -37,7 +37,16 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def fill(directory: Path, count: int | None = None) -> None:
     for spec in shipped()[:count]:
-        store.write(directory, spec, CUBIN, {"threads": spec.config.threads, "shared_bytes": spec.config.shared_bytes})
+        threads, _, shared_bytes = resources(spec)
+        store.write(directory, spec, CUBIN, {"threads": threads, "shared_bytes": shared_bytes})
+
+
+def resources(spec: Spec) -> tuple[int, int | None, int]:
+    """Threads, registers (None where a limit is all that is asked for) and shared bytes that a kernel should have."""
+    if isinstance(spec, DecodeSpec):
+        return DECODE_THREADS, None, 0
+    c, nvfp4 = spec.config, spec.nvfp4
+    return c.cta_threads(nvfp4), c.launch_registers(nvfp4), c.shared_bytes(nvfp4)
 
 
 @pytest.mark.parametrize("arguments", [["--arch", "sm_100a"], ["--arch", "sm_90"], ["--arch", ""]])
@@ -95,8 +104,8 @@ def test_the_list_has_every_kernels_resources(own_cache: Path) -> None:
     result = RUNNER.invoke(app, ["compile", "--list"])
     assert result.exit_code == 0, result.output
     first = next(line for line in result.stdout.splitlines() if shipped()[0].name in line).split()
-    config = shipped()[0].config
-    expected = [shipped()[0].name, "cached", str(config.threads), "168", str(config.shared_bytes), "0", str(len(CUBIN))]
+    threads, _, shared_bytes = resources(shipped()[0])
+    expected = [shipped()[0].name, "cached", str(threads), "168", str(shared_bytes), "0", str(len(CUBIN))]
     assert first == expected
     assert f"3 of {len(shipped())} kernels are there; glu4 compile makes the others" in result.stdout
     rows = json.loads(RUNNER.invoke(app, ["compile", "--list", "--json"]).stdout)["kernels"]
@@ -153,9 +162,10 @@ RECORDED = ROOT / "benchmarks" / "results" / "kernels-sm_90a.json"
 HOW = f"record again: glu4 compile && glu4 compile --list --json > {RECORDED.relative_to(ROOT)}"
 
 
-def rows_of(name: str) -> list[dict[str, Any]]:
-    """The recorded kernels of one configuration."""
-    return [row for row in json.loads(RECORDED.read_text())["kernels"] if row["name"].endswith(f"_{name}")]
+def rows_of(ending: str, w4a4: bool = False) -> list[dict[str, Any]]:
+    """The recorded kernels of one configuration that take 16-bit tokens, or that decode NVFP4 tokens."""
+    rows = json.loads(RECORDED.read_text())["kernels"]
+    return [row for row in rows if row["name"].endswith(f"_{ending}") and ("_w4a4_" in row["name"]) == w4a4]
 
 
 def order_of_sums(c: Config) -> str:
@@ -168,18 +178,25 @@ def test_the_recorded_resources_are_those_of_the_shipped_set() -> None:
     recorded = {row["name"]: row for row in json.loads(RECORDED.read_text())["kernels"]}
     assert recorded.keys() == {s.name for s in shipped()}, HOW
     for spec in shipped():
-        c, row = spec.config, recorded[spec.name]
-        found = [row["threads"], row["registers"], row["shared_bytes"], row["stack_bytes"]]
-        assert found == [c.threads, c.launch_registers, c.shared_bytes, 0], f"{spec.name}: {HOW}"
+        row, (threads, registers, shared_bytes) = recorded[spec.name], resources(spec)
+        found = [row["threads"], row["shared_bytes"], row["stack_bytes"]]
+        assert found == [threads, shared_bytes, 0], f"{spec.name}: {HOW}"
+        # the decoder's limit leaves room for all of an SM's 2048 threads: 65536 registers
+        assert row["registers"] == registers if registers else row["registers"] <= 32, f"{spec.name}: {HOW}"
+
+
+def line(name: str, rows: list[dict[str, Any]], order: str) -> str:
+    """A row of the table."""
+    (shared,) = {tuple(row[f] for f in ("threads", "registers", "shared_bytes", "stack_bytes")) for row in rows}
+    sizes = sorted({row["cubin_bytes"] // 1000 for row in rows})
+    size = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else str(sizes[0])
+    return f"| {' | '.join(map(str, (name, *shared)))} | {size} | {order} |"
 
 
 def test_the_table_in_the_documentation_is_the_recorded_one() -> None:
-    lines = []
-    for c in SHIPPED:
-        sizes = [row["cubin_bytes"] // 1000 for row in rows_of(c.name)]
-        first = rows_of(c.name)[0]
-        cells = (c.name, first["threads"], first["registers"], first["shared_bytes"], first["stack_bytes"])
-        lines.append(f"| {' | '.join(map(str, cells))} | {min(sizes)} to {max(sizes)} | {order_of_sums(c)} |")
+    lines = [line(c.name, rows_of(c.name), order_of_sums(c)) for c in SHIPPED]
+    lines += [line(f"{c.name}, W4A4", rows_of(c.name, True), order_of_sums(c)) for c in SHIPPED if c.takes_nvfp4]
+    lines.append(line("decode_tokens", rows_of("decode_tokens_nvfp4_f16"), "none"))
     table = "\n".join(lines)
     assert table in (ROOT / "docs" / "kernels.md").read_text(), f"docs/kernels.md should hold\n{table}"
 

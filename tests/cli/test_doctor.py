@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 import glu4
 from glu4 import dispatch
+from glu4.backends.hopper import tuned
 from glu4.backends.hopper.spec import shipped
 from glu4.cli import app, doctor, output
 from glu4.compiled import store
@@ -210,3 +212,19 @@ def test_little_free_memory_is_a_hint():
         {"device": "cpu", "free_gib": None},
     ]
     assert doctor._memory_hints(devices) == ["cuda:0 has 0.3 GiB of free memory, too little for most models: see nvidia-smi"]
+
+
+def test_a_measured_table_that_is_refused_is_a_hint(own_cache):
+    name = "NVIDIA H200"
+    (own_cache / "tuned").mkdir(parents=True)
+    path = own_cache / "tuned" / tuned.file_name(name)
+    path.write_text("{")
+    tuned.forget()
+    devices = [{"hopper": False, "name": None}, {"hopper": True, "name": name}, {"hopper": True, "name": name}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (hint,) = doctor._table_hints(devices)
+    assert hint.startswith(f"a measured table is not used: {path}: not JSON: ")
+    assert hint.endswith("; measure again with glu4 tune, or delete it")
+    assert doctor._table_hints(devices[:1]) == []
+    tuned.forget()

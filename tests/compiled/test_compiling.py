@@ -14,8 +14,9 @@ import pytest
 from filelock import FileLock
 
 from compiled.slow_builder import CUBIN, SlowSpec
+from fake_hopper import description as described
 from glu4 import UnsupportedError
-from glu4.backends.hopper.spec import shipped
+from glu4.backends.hopper.spec import KernelSpec, shipped
 from glu4.compiled import store
 from glu4.compiled.cubin import resources
 
@@ -254,10 +255,12 @@ def test_the_shipped_set_compiles_without_spills_as_recorded(tmp_path: Path, mon
     assert recorded.keys() == {s.name for s in specs}, "record again: glu4 compile --list --json"
     for spec in specs:
         cubin, description = store.read(store.file_of(target, spec), spec) or (b"", {})
-        assert resources(cubin) == (spec.config.launch_registers, 0)
-        assert description["params"][0] == 128
         row = recorded[spec.name]
-        assert row["registers"] == spec.config.launch_registers, spec.name
-        assert row["shared_bytes"] == description["shared_bytes"] == spec.config.shared_bytes, spec.name
+        assert resources(cubin) == (row["registers"], row["stack_bytes"]) == (description["registers"], 0), spec.name
         assert row["threads"] == description["threads"], spec.name
-        assert row["stack_bytes"] == 0, spec.name
+        assert row["shared_bytes"] == description["shared_bytes"], spec.name
+        assert description["params"] == described(spec)["params"], spec.name
+        if isinstance(spec, KernelSpec):
+            c, nvfp4 = spec.config, spec.nvfp4
+            expected = [c.cta_threads(nvfp4), c.launch_registers(nvfp4), c.shared_bytes(nvfp4)]
+            assert [description[f] for f in ("threads", "registers", "shared_bytes")] == expected, spec.name

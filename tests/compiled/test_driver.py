@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,21 @@ from typing import Any
 import pytest
 import torch
 
-from fake_hopper import CONTEXT, PARAMETERS, SIZES, FakeCuda, description, fake_hopper
+from fake_hopper import (
+    CONTEXT,
+    DECODER_PARAMETERS,
+    NVFP4_PARAMETERS,
+    PARAMETERS,
+    SIZES,
+    FakeCuda,
+    description,
+    fake_hopper,
+)
 from glu4 import UnsupportedError
 from glu4.backends.hopper.config import Config
-from glu4.backends.hopper.launch import _PARAMETERS, _VARIED
-from glu4.backends.hopper.spec import KernelSpec
+from glu4.backends.hopper.launch import _NVFP4_PARAMETERS, _PARAMETERS, _VARIED
+from glu4.backends.hopper.spec import DecodeSpec, KernelSpec, Spec
+from glu4.backends.hopper.tokens import _DECODER_PARAMETERS
 from glu4.compiled import driver
 from glu4.compiled.driver import Kernel, Repeat
 
@@ -37,19 +48,22 @@ class Recorder(FakeCuda):
     """Keeps what a launch was given and computes nothing."""
 
     template: bytes = b""
+    sizes: tuple[int, ...] = tuple(SIZES)  # of parameters, a tensor map first where there is one
 
     def cuTensorMapEncodeTiled(self, target: Any, *_: object, **__: object) -> int:
         ctypes.memmove(target.value, self.template, 128)
-        return 0
+        return self._done("cuTensorMapEncodeTiled")
 
     def cuLaunchKernelEx(self, config: int, handle: int, pointers: int, extra: None) -> int:
         status = self._done("cuLaunchKernelEx")
         if self.context != CONTEXT:
             return 201
-        at = (ctypes.c_void_p * len(SIZES)).from_address(pointers)
-        self.map = ctypes.string_at(at[0], 128)
+        at = (ctypes.c_void_p * len(self.sizes)).from_address(pointers)
+        self.parts = [ctypes.string_at(p, n) for p, n in zip(at, self.sizes, strict=True)]
+        mapped = self.sizes[0] == 128
+        self.map = self.parts[0] if mapped else b""
         self.config = ctypes.string_at(config, 56)
-        self.parameters = b"".join(ctypes.string_at(p, n) for p, n in zip(at[1:], SIZES[1:]))
+        self.parameters = b"".join(self.parts[mapped:])
         attributes, count = struct.unpack_from("=QI", self.config, 40)
         self.attributes = [ctypes.string_at(attributes + 72 * i, 20) for i in range(count)]
         self.addresses = (config, pointers)
@@ -130,6 +144,44 @@ def test_attributes(monkeypatch: pytest.MonkeyPatch, pdl: bool, cluster: tuple[i
     for overlap in (True, False, True):
         kernel.launch(-1, 7, (4, 4, 4), MATRIX, VALUES, overlap)
         assert fake.attributes == clustered + [struct.pack("=I4xi8x", 6, 1)] * (pdl and overlap)
+
+
+UNMAPPED = (
+    (KernelSpec(Config(8, 1, 3, 1, 2), "nvfp4", "f16", True), _NVFP4_PARAMETERS, NVFP4_PARAMETERS + "x"),
+    (DecodeSpec(), _DECODER_PARAMETERS, DECODER_PARAMETERS),
+)
+
+
+@pytest.mark.parametrize(("spec", "formats", "form"), UNMAPPED, ids=["nvfp4", "decoder"])
+@pytest.mark.parametrize("cluster", [(1, 1, 1), (1, 2, 1)])
+def test_what_a_launch_without_a_tensor_map_is_given(
+    monkeypatch: pytest.MonkeyPatch, spec: Spec, formats: Sequence[str], form: str, cluster: tuple[int, int, int]
+) -> None:
+    fake, _ = recorder(monkeypatch)
+    kernel = Kernel(b"image", description(spec), formats, cluster=cluster)
+    fake.sizes = tuple(description(spec)["params"])
+    assert not kernel.mapped
+    count = len(struct.unpack(form, bytes(struct.calcsize(form))))
+    for round_ in range(3):
+        values = tuple(100 * round_ + i for i in range(count))
+        kernel.launch(-1, 0x1234_5678_9ABC, (3, 5, 2), None, values)
+        assert fake.parameters == struct.pack(form, *values)
+        sizes = struct.unpack("=7I4xQQI4x", fake.config)
+        assert sizes[:8] == (3, 5, 2, kernel.threads, 1, 1, kernel.shared_bytes, 0x1234_5678_9ABC)
+        clustered = [struct.pack("=I4x3I", 4, *cluster)] if cluster != (1, 1, 1) else []
+        assert fake.attributes == [*clustered, struct.pack("=I4xi8x", 6, 1)]
+    assert "cuTensorMapEncodeTiled" not in fake.calls
+    assert len(kernel.frames) == 1
+
+
+def test_a_description_with_a_tensor_map_is_refused_where_none_is_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the other way round."""
+    recorder(monkeypatch)
+    spec, formats, _ = UNMAPPED[0]
+    with pytest.raises(RuntimeError, match=r"takes parameters of \[128, 8, 24.*\] bytes, this version passes \[24, 24, 24"):
+        Kernel(b"image", description(KernelSpec(Config(64, 1, 2, 2, 2), "f16", "f16", True)), formats)
+    with pytest.raises(RuntimeError, match=r"takes parameters of \[24, 24, 24.*\] bytes, this version passes \[128, 24, 24"):
+        Kernel(b"image", description(spec), formats, torch.float16, (8, 64))
 
 
 def told(fake: Recorder) -> tuple[object, ...]:
@@ -276,7 +328,7 @@ def test_loading_is_relaxed_and_restores_the_capture_mode(monkeypatch: pytest.Mo
     del fake.calls[:]
     kernel.load(-1)
     kernel.launch(-1, 7, (1, 1, 1), MATRIX, VALUES)
-    assert fake.calls == ["cuLaunchKernelEx"]
+    assert fake.calls == ["cuTensorMapEncodeTiled", "cuLaunchKernelEx"]
 
 
 def test_a_failed_launch_says_so_and_leaves_the_kernel_usable(monkeypatch: pytest.MonkeyPatch) -> None:

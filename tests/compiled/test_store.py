@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 
 from compiled.slow_builder import SlowSpec
 from glu4.backends.hopper import spec as spec_module
-from glu4.backends.hopper.spec import KernelSpec, shipped
+from glu4.backends.hopper.config import SHIPPED
+from glu4.backends.hopper.spec import DecodeSpec, KernelSpec, shipped, spec_from_dict
 from glu4.compiled import store
 
 SPEC, OTHER = shipped()[:2]
@@ -42,8 +44,28 @@ def test_round_trip_and_names(own_cache: Path) -> None:
     assert path.name == f"{SPEC.name}-{SPEC.key}.kernel"
     assert store.find(SPEC) == (CUBIN, {**DESCRIPTION, "key": SPEC.key})
     assert store.find(OTHER) is None
+    assert isinstance(SPEC, KernelSpec)
     assert KernelSpec.from_dict(SPEC.to_dict()) == SPEC
     assert len({s.key for s in shipped()}) == len({s.name for s in shipped()}) == len(shipped())
+
+
+def test_specs_survive_json() -> None:
+    for spec in shipped():
+        assert spec_from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_the_shipped_set() -> None:
+    """Every configuration for 16-bit tokens, kernels that decode tokens where one can, and the one that decodes ahead."""
+    both = [s for s in shipped() if isinstance(s, KernelSpec)]
+    assert len(both) == 2 * (4 * len(SHIPPED) + 2 * sum(c.takes_nvfp4 for c in SHIPPED))
+    assert [s for s in shipped() if s not in both] == [DecodeSpec()]
+    assert {(s.x, s.out, s.dual) for s in both} == set(product(("f16", "bf16", "nvfp4"), ("f16", "bf16"), (True, False)))
+    assert all(s.config.takes_nvfp4 for s in both if s.nvfp4)
+    for dual in (True, False):
+        assert shipped(dual) == [s for s in both if s.dual == dual] + [DecodeSpec()]
+    names = {s.name for s in both if s.config == SHIPPED[0] and s.dual}
+    assert "sm90_dual_gemm_w4a4_bf16_t8r1g3f1u2" in names
+    assert "sm90_dual_gemm_w4a16_bf16_f16_t8r1g3f1u2" in names
 
 
 def test_any_cubin_is_kept_as_it_is(own_cache: Path) -> None:

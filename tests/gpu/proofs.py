@@ -95,7 +95,7 @@ def random_problem(seed: int) -> tuple[Case, str, str, str]:
     return case, draw.choice(FORMS), draw.choice(X_LAYOUTS), draw.choice(OUT_LAYOUTS)
 
 
-def right_with_extreme_scales(target: Target, x_format: str, linear: bool) -> None:
+def right_with_extreme_scales(target: Target, x_format: str, linear: bool, k: int = 208) -> None:
     """Global scales far apart and far from one, subnormal ones too, whose products are in the output's range."""
     sets = (
         [(1.0, 1e-30, 1e28), (1.0, 1e20, 1e-25), (1.0, 3e-39, 1e30)]
@@ -111,7 +111,7 @@ def right_with_extreme_scales(target: Target, x_format: str, linear: bool) -> No
     if linear:
         sets = [s for s in sets if 1e-25 < s[0] * s[1] < 1e25]
     for i, (gx, gg, gu) in enumerate(sets):
-        case = full_range_case(60 + i, 19, 72, 208, x_format=x_format, linear=linear, out_dtype=torch.bfloat16)
+        case = full_range_case(60 + i, 19, 72, k, x_format=x_format, linear=linear, out_dtype=torch.bfloat16)
         x = with_scale(case.x, gx) if isinstance(case.x, NVFP4Tensor) else case.x
         up = None if case.up is None else with_scale(case.up, gu)
         case = replace(case, x=x, gate=with_scale(case.gate, gg), up=up)
@@ -161,13 +161,18 @@ def exact_for_every_m(target: Target, configs: Configs, x_format: str, linear: b
 # ---- memory and repetition ----
 
 
-def writes_all_and_no_more(target: Target, config: Config | None, x_format: str, linear: bool) -> None:
+def _padded(x: Operand) -> Operand:
+    return laid_out(x, "padded")
+
+
+def writes_all_and_no_more(target: Target, config: Config | None, x_format: str, linear: bool, k: int = 336,
+                           place: Callable[[Operand], Operand] = _padded) -> None:  # fmt: skip
     """NaN where the output goes is all overwritten, guards around it and between its rows are not, and NaN around the tokens
     is not read."""
     for m, n in target.some([(1, 8), (5, 33), (65, 72), (130, 136), (257, 200)], 3):
-        case = exact_sum_case(m, m, n, 336, x_format=x_format, linear=linear)
+        case = exact_sum_case(m, m, n, k, x_format=x_format, linear=linear)
         call = Call(target, case)
-        x = laid_out(call.case.x, "padded")
+        x = place(call.case.x)
         for (pad, offset), dtype in itertools.product(((0, 0), (3, 1), (8, 8)), OUT):
             out, untouched = guarded(m, n, dtype, target.device, pad=pad, offset=offset)
             call(x, out=out, config=config)

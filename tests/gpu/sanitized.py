@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from glu4 import NVFP4Tensor
 from glu4.backends.hopper import launch
 from glu4.backends.hopper.config import SHIPPED, TILE_K, Config
 from glu4.backends.hopper.pack import pack_gated, pack_matrix
@@ -22,13 +24,26 @@ from glu4.verify.case import Case
 from glu4.verify.cases import exact_sum_case
 
 TYPES = (("float16", torch.float16), ("bfloat16", torch.bfloat16))
+# NVFP4 tokens, which a kernel decodes, or another ahead of it from linear and from swizzled scales
+OWN, AHEAD, SWIZZLED = "nvfp4", "nvfp4 decoded ahead", "nvfp4 decoded ahead, swizzled"
+
+
+def types(config: Config) -> tuple[tuple[str, torch.dtype], ...]:
+    """Tokens and outputs that a configuration is watched with."""
+    own = ((OWN, torch.float16), (OWN, torch.bfloat16), (AHEAD, torch.float16), (SWIZZLED, torch.float16))
+    return TYPES + own * config.takes_nvfp4
 
 
 def problem(config: Config, linear: bool, x_format: str, out_dtype: torch.dtype) -> Case:
     """Two ragged tiles either way, and two stages more of K than there are, the last one in part."""
     n = config.rows * (64 if linear else 32) + 8
-    k = TILE_K * config.stage_units * (config.stages + 1) * config.splits + 16
-    return exact_sum_case(config.tokens, config.tokens + 3, n, k, x_format=x_format, out_dtype=out_dtype, linear=linear)
+    # a kernel that decodes takes K in steps of 64
+    k = TILE_K * config.stage_units * (config.stages + 1) * config.splits + (TILE_K if x_format == OWN else 16)
+    kind = "nvfp4" if x_format.startswith("nvfp4") else x_format
+    case = exact_sum_case(config.tokens, config.tokens + 3, n, k, x_format=kind, out_dtype=out_dtype, linear=linear)
+    if isinstance(case.x, NVFP4Tensor):
+        case = replace(case, x=case.x.to_swizzled() if x_format == SWIZZLED else case.x.to_linear())
+    return case
 
 
 def run(case: Case, config: Config, out: Tensor) -> Tensor:
@@ -55,7 +70,7 @@ def main() -> None:
     wrong = 0
     for config in SHIPPED:
         for linear in (False, True):
-            for x_format, dtype in TYPES:
+            for x_format, dtype in types(config):
                 case = problem(config, linear, x_format, dtype)
                 m, n = case.out_shape
                 out = torch.full((m - args.planted, n), float("nan"), dtype=dtype).to("cuda")

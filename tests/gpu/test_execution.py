@@ -60,7 +60,7 @@ import sys
 import torch
 from glu4.verify.cases import full_range_case
 from gpu.harness import HOPPER, Call, assert_checked
-case = full_range_case(3, 37, 136, 144, x_format=sys.argv[1])
+case = full_range_case(3, 37, 136, int(sys.argv[2]), x_format=sys.argv[1])
 call = Call(HOPPER, case)
 out = torch.full((37, 136), float("nan"), dtype=torch.float16, device="cuda")
 torch.cuda.synchronize()
@@ -73,9 +73,11 @@ assert_checked(case, out)
 """
 
 
-@pytest.mark.parametrize("x_format", FORMATS)
-def test_the_first_call_of_a_process_can_be_captured(hopper: Target, x_format: str, pytestconfig: pytest.Config) -> None:
-    command = [sys.executable, "-c", CAPTURE_FIRST, x_format]
+@pytest.mark.parametrize(("x_format", "k"), [*((x, 144) for x in FORMATS), ("nvfp4", 128)])
+def test_the_first_call_of_a_process_can_be_captured(
+    hopper: Target, x_format: str, k: int, pytestconfig: pytest.Config
+) -> None:
+    command = [sys.executable, "-c", CAPTURE_FIRST, x_format, str(k)]
     done = subprocess.run(
         command, cwd=pytestconfig.rootpath / "tests", capture_output=True, text=True, timeout=100, check=False
     )

@@ -10,24 +10,55 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glu4 import GroupedProblem, Problem
-from glu4.backends.hopper.config import SHIPPED, Config, candidates, legal
+from glu4.backends.hopper.config import (
+    DECODE_AHEAD,
+    DECODE_WARPS,
+    DECODER_REGISTERS,
+    PRODUCER_REGISTERS,
+    SHIPPED,
+    STAGED_ROW,
+    TILE_K,
+    Config,
+    candidates,
+    legal,
+)
 
 
 def problem(m: int, n: int = 4096, k: int = 7168, **kwargs: object) -> Problem:
     return Problem(m, n, k, **{"x_format": "float16", **kwargs})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("config", SHIPPED, ids=lambda c: c.name)
-def test_shipped_configurations_fit_an_sm(config: Config) -> None:
-    assert config.shared_bytes <= 227 * 1024
-    assert config.launch_registers * config.threads <= 65536
+KERNELS = [(c, nvfp4) for c in SHIPPED for nvfp4 in (False, True)[: 1 + c.takes_nvfp4]]
+
+
+@pytest.mark.parametrize(("config", "nvfp4"), KERNELS, ids=lambda v: v.name if isinstance(v, Config) else "w4a4" * v)
+def test_shipped_configurations_fit_an_sm(config: Config, nvfp4: bool) -> None:
+    threads, launched = config.cta_threads(nvfp4), config.launch_registers(nvfp4)
+    assert threads == 128 * (config.consumers + 1 + nvfp4) <= 1024
+    assert config.shared_bytes(nvfp4) <= 227 * 1024
+    assert launched * threads <= 65536
     # setmaxnreg only moves registers that the CTA had at launch; asking for more would wait for ever
-    moved = config.consumer_registers * config.consumers * 128 + config.producer_registers * 128
-    assert moved <= config.launch_registers * config.threads
+    own = config.consumer_registers(nvfp4)
+    moved = own * config.consumers * 128 + PRODUCER_REGISTERS * 128 + nvfp4 * DECODER_REGISTERS * 128
+    assert moved <= launched * threads
+    assert own % 8 == launched % 8 == DECODER_REGISTERS % 8 == PRODUCER_REGISTERS % 8 == 0  # PTX ISA, setmaxnreg
     # accumulators, one or two fragments of 16, a unit's 6 words, and some for addresses
     needed = config.tokens // 2 + 16 * config.fragment_sets + 6
-    assert needed < config.consumer_registers
+    assert needed < own
     assert legal(config, problem(1)) is None
+
+
+def test_what_decodes_tokens_itself() -> None:
+    """Each warp that decodes has stages of its own, and its staged rows fit beside all of them."""
+    assert [c.name for c in SHIPPED if c.takes_nvfp4] == ["t8r1g3f1u2"]
+    some = [Config(8, rows, groups, 1, 2) for rows in (1, 2, 3) for groups in (1, 2, 3, 4, 5, 6) if rows * groups <= 6]
+    for config in some:
+        assert config.takes_nvfp4 == (config.stages % DECODE_WARPS == 0)
+    assert not any(c.takes_nvfp4 for c in (Config(16, 1, 3, 1, 2), Config(8, 1, 3, 1, 1), Config(16, 1, 2, 1, 2, splits=2)))
+    config = SHIPPED[0]
+    assert STAGED_ROW == 2 * TILE_K // 2 + 2 * TILE_K // 16  # codes and scales of a row in a stage
+    assert config.staging_bytes == DECODE_WARPS * DECODE_AHEAD * config.tokens * STAGED_ROW
+    assert config.shared_bytes(True) == config.shared_bytes(False) + config.staging_bytes
 
 
 def test_refusals() -> None:

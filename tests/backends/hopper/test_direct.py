@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fake_hopper import FakeCuda, fake_hopper
+from fake_hopper import FakeCuda, Launch, fake_hopper
 from glu4 import (
     IDENTITY,
     SILU,
@@ -33,6 +33,7 @@ from glu4 import (
 )
 from glu4 import weights as weights_module
 from glu4.backends.hopper import direct, launch
+from glu4.backends.hopper.spec import DecodeSpec, KernelSpec
 from operands import full_range
 
 Operand = torch.Tensor | NVFP4Tensor
@@ -112,16 +113,20 @@ def test_any_plain_call_is_right_by_the_short_way(cuda: FakeCuda, short: None, s
         got = dual_gemm(x, w.prepare("cpu", free_original=free), activation=activation, out_dtype=out_dtype)
     assert got.dtype == dtype
     assert torch.equal(got.view(torch.int16), want.view(torch.int16)) or torch.equal(got, want)
-    assert len(cuda.launches) == before + 1
-    assert (cuda.launches[-1].device, cuda.launches[-1].stream) == (-1, cuda.stream)
+    *ahead, last = cuda.launches[before:]
+    assert isinstance(last.spec, KernelSpec)
+    assert last.spec.nvfp4 <= (kind == "nvfp4" and blocks % 4 == 0)
+    assert [e.spec for e in ahead] == [DecodeSpec()] * (kind == "nvfp4" and not last.spec.nvfp4)
+    assert all((e.device, e.stream) == (-1, cuda.stream) for e in (*ahead, last))
 
 
-@pytest.mark.parametrize("kind", ["float16", "nvfp4"])
+@pytest.mark.parametrize(("kind", "k"), [("float16", 80), ("nvfp4", 80), ("nvfp4", 128)])
 def test_the_operator_gives_the_same_bits_and_launches_the_same(
-    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, kind: str
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, kind: str, k: int
 ) -> None:
-    w = pair(1, 72, 80, gate_bias=torch.randn(72), up_bias=torch.randn(72).half()).prepare("cpu")
-    weight, x = LinearWeight(full_range(3, 72, 80)).prepare("cpu"), tokens(2, 5, 80, kind=kind)
+    w = pair(1, 72, k, gate_bias=torch.randn(72), up_bias=torch.randn(72).half()).prepare("cpu")
+    weight, x = LinearWeight(full_range(3, 72, k)).prepare("cpu"), tokens(2, 5, k, kind=kind)
+    launches = []
     for call in (lambda: dual_gemm(x, w), lambda: linear(x, weight, bias=w.gate_bias)):
         results = []
         for way in ("short", "at once", "operator"):
@@ -132,12 +137,19 @@ def test_the_operator_gives_the_same_bits_and_launches_the_same(
                         patch.setattr(prepared, "direct", None)
                 if way == "operator":
                     patch.setattr(ops, "ordinary", lambda *_: False)
+                cuda.launches.clear()
                 results.append(call())
+                launches.append([told(e) for e in cuda.launches])
         assert torch.equal(results[0], results[1])
         assert torch.equal(results[0], results[2])
-    shapes = [(e.spec, e.grid, e.attributes, e.tensor_map[8:], e.parameters[13:17]) for e in cuda.launches]
-    assert shapes[0] == shapes[1] == shapes[2]
-    assert shapes[3] == shapes[4] == shapes[5]
+    assert launches[0] == launches[1] == launches[2]
+    assert launches[3] == launches[4] == launches[5]
+    assert [len(one) for one in launches] == [1 + (kind == "nvfp4" and k == 80)] * 6
+
+
+def told(e: Launch) -> tuple[object, ...]:
+    """All of a launch but for addresses."""
+    return e.spec, e.grid, e.attributes, e.tensor_map[8:], tuple(p for p in e.parameters if p < 1 << 32)
 
 
 def test_views_of_x(cuda: FakeCuda, short: None) -> None:
@@ -211,7 +223,9 @@ def test_batches_are_launched_one_by_one(cuda: FakeCuda, kind: str) -> None:
     want = expected(x, w, torch.float16)
     for _ in range(2):
         assert torch.equal(dual_gemm(x, w, out_dtype=torch.float16), want)
-    assert len(cuda.launches) == 6
+    # NVFP4 tokens of this K are decoded ahead, all at once
+    once = [DecodeSpec] * (kind == "nvfp4") + [KernelSpec] * 3
+    assert [type(e.spec) for e in cuda.launches] == 2 * once
     assert w.packed is not None
     stack = LinearWeight(full_range(4, 3, 40, 80))
     assert torch.equal(
@@ -231,12 +245,13 @@ def test_matrices_of_tokens_with_a_global_scale_each(cuda: FakeCuda, lead: tuple
     assert q.global_scale.shape == lead
     w, out = pair(1, 40, 80).prepare("cpu"), torch.zeros(40, *lead, 5).bfloat16().movedim(0, -1)
     want = expected(q, w, torch.bfloat16)
+    each = [DecodeSpec, *[KernelSpec] * q.global_scale.numel()]
     assert torch.equal(dual_gemm(q, w), want)
-    assert len(cuda.launches) == q.global_scale.numel()
+    assert [type(e.spec) for e in cuda.launches] == each
     assert torch.equal(dual_gemm(q, w, out=out), want)
     shared = NVFP4Tensor(q.codes, q.block_scale, torch.tensor(0.01))
     assert torch.equal(dual_gemm(shared, w), expected(shared, w, torch.bfloat16))
-    assert len(cuda.launches) == 2 * q.global_scale.numel() + 1
+    assert [type(e.spec) for e in cuda.launches] == [*each, *each, DecodeSpec, KernelSpec]
 
 
 def test_nothing_to_compute(cuda: FakeCuda) -> None:
@@ -246,13 +261,6 @@ def test_nothing_to_compute(cuda: FakeCuda) -> None:
     assert dual_gemm(torch.zeros(0, 5, 80).half(), stack).shape == (0, 5, 40)
     assert dual_gemm(quantize(torch.zeros(0, 80)), w).shape == (0, 40)
     assert not cuda.launches
-
-
-def test_exact_values_of_tokens(cuda: FakeCuda) -> None:
-    """decode's table against the format's own."""
-    for x in (full_range(1, 70, 96), full_range(2, 3, 5, 32)):
-        assert torch.equal(launch.decode(x).view(torch.int16), x.decode(torch.float16).view(torch.int16))
-        assert torch.equal(launch.decode(x.to_swizzled()), x.decode(torch.float16))
 
 
 # ---- scales, biases and memory are looked at in each call ----

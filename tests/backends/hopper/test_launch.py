@@ -56,6 +56,8 @@ def test_every_kernel(config: Config) -> None:
                 assert_right(one_hot_case(i, 48, 128, 16, **both), config)
                 assert_right(exact_sum_case(i + 3, 37, 72, 208, **both), config)
                 assert_right(full_range_case(i + 9, 70, 200, 336, bias=True, **both), config)
+                for k in (64, 1088):  # with which kernels of small tiles decode tokens themselves
+                    assert_right(exact_sum_case(i + 5, 11, 72, k, **both), config)
 
 
 @pytest.mark.parametrize("activation", [SILU, clamped_silu(1.5), swiglu_oai()], ids=lambda a: a.name)
@@ -69,7 +71,9 @@ def test_tails_of_m(m: int) -> None:
     assert_right(full_range_case(m, m, 40, 80, x_format=FORMATS[m % 3]))
 
 
-@pytest.mark.parametrize(("n", "k"), [(8, 16), (24, 48), (72, 80), (136, 112), (264, 1040), (8, 7184)])
+@pytest.mark.parametrize(
+    ("n", "k"), [(8, 16), (24, 48), (72, 80), (136, 112), (264, 1040), (8, 7184), (8, 64), (72, 192), (40, 3328)]
+)
 def test_tails_of_n_and_k(n: int, k: int) -> None:
     for m in (3, 130):
         for x_format in FORMATS:
@@ -119,9 +123,10 @@ def test_prepared_weights() -> None:
     assert torch.equal(dual_gemm(odd, weights), dual_gemm(odd.contiguous(), weights))
 
 
+@pytest.mark.parametrize("k", [208, 192])
 @pytest.mark.parametrize("x_format", FORMATS)
-def test_every_form_of_weights_gives_the_same_bits(x_format: str) -> None:
-    case = full_range_case(7, 37, 264, 208, x_format=x_format)
+def test_every_form_of_weights_gives_the_same_bits(x_format: str, k: int) -> None:
+    case = full_range_case(7, 37, 264, k, x_format=x_format)
     assert case.up is not None
     here = case.to("cuda")
     assert here.up is not None
@@ -136,9 +141,10 @@ def test_every_form_of_weights_gives_the_same_bits(x_format: str) -> None:
     assert check(replace(case, up=None, out_dtype=out.dtype), out).ok
 
 
+@pytest.mark.parametrize("k", [208, 192])
 @pytest.mark.parametrize("x_format", FORMATS)
-def test_the_operator_gives_the_same_bits(x_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = full_range_case(9, 37, 264, 208, x_format=x_format, bias=True)
+def test_the_operator_gives_the_same_bits(x_format: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = full_range_case(9, 37, 264, k, x_format=x_format, bias=True)
     x, weights = case.x.to("cuda"), prepared(case)
     expected = dual_gemm(x, weights)
     weights.direct = None
@@ -149,8 +155,9 @@ def test_the_operator_gives_the_same_bits(x_format: str, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("x_format", FORMATS)
 @pytest.mark.parametrize("linear", [False, True])
-def test_batches(x_format: str, linear: bool) -> None:
-    case = full_range_case(3, 19, 72, 144, batch=3, x_format=x_format, linear=linear, bias=True)
+@pytest.mark.parametrize("k", [144, 192])
+def test_batches(x_format: str, linear: bool, k: int) -> None:
+    case = full_range_case(3, 19, 72, k, batch=3, x_format=x_format, linear=linear, bias=True)
     here = case.to("cuda")
     if here.up is None:
         out = glu4.linear(here.x, LinearWeight(here.gate), bias=here.gate_bias, out_dtype=case.out_dtype, backend="hopper")
@@ -160,8 +167,9 @@ def test_batches(x_format: str, linear: bool) -> None:
     assert check(case, out).ok
 
 
-def test_matrices_of_tokens_with_a_global_scale_each() -> None:
-    case = full_range_case(3, 19, 72, 144, batch=3)
+@pytest.mark.parametrize("k", [144, 192])
+def test_matrices_of_tokens_with_a_global_scale_each(k: int) -> None:
+    case = full_range_case(3, 19, 72, k, batch=3)
     assert case.up is not None
     assert isinstance(case.x, NVFP4Tensor)
     shared = replace(case, gate=case.gate[0], up=case.up[0])

@@ -159,7 +159,8 @@ class Direct:
         if not (out.dtype == dtype and tuple(out.shape) == shape and out.get_device() == self._index):
             return False
         rows_apart = out.ndim == 2 and out.stride(1) == 1 and (out.stride(0) >= shape[1] or shape[0] == 1)
-        return (rows_apart or out.is_contiguous()) and (isinstance(x, NVFP4Tensor) or _apart(out, x))
+        parts = (x.codes, x.block_scale) if isinstance(x, NVFP4Tensor) else (x,)
+        return (rows_apart or out.is_contiguous()) and all(_apart(out, part) for part in parts)
 
     def _wants_grad(self, x: Tensor | NVFP4Tensor, biases: Biases, out: Tensor | None) -> bool:
         tensors = (x.global_scale if isinstance(x, NVFP4Tensor) else x, *self._scales, *biases, out)

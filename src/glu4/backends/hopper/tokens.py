@@ -33,7 +33,7 @@ NVFP4, DECODED = "nvfp4", "nvfp4, decoded"  # NVFP4 that a kernel can read as it
 Format = torch.dtype | str  # of x: its dtype, or one of these
 # of sm90_decode_tokens: codes, scales and output with their sizes, and the words of a row where scales are swizzled
 _DECODER_PARAMETERS = ("Qi4x", "Qi4x", "Qi4x", "i")
-_MAX_WORDS = 1 << 29  # of eight codes, so that the output's four for each of them have 32-bit indices
+_INDICES = 1 << 31  # of words and bytes, which the kernel counts in 32 bits with a sign
 _UNIT = 64  # of K: scales come to the kernel four at a time
 
 
@@ -115,10 +115,13 @@ def forget() -> None:
 
 def _decoded(x: NVFP4Tensor, index: int) -> Tensor:
     """`decode`, by a kernel where there is one that can."""
+    if x.is_swizzled and x.ndim > 2:  # the kernel knows swizzled scales of one matrix
+        x = x.to_linear()
     codes, scales = x.codes, x.block_scale
     kernel, words = decoder(), codes.numel() // 4
     plain = codes.is_contiguous() and scales.is_contiguous() and codes.data_ptr() % 4 == 0
-    if kernel is None or not plain or words > _MAX_WORDS or (x.is_swizzled and codes.ndim != 2):
+    large = max(4 * words, scales.numel()) >= _INDICES
+    if kernel is None or not plain or large:
         return decode(x)
     k = codes.shape[-1] * 2
     out = torch.empty((*codes.shape[:-1], k), dtype=torch.float16, device=codes.device)

@@ -1,0 +1,68 @@
+"""Configurations of the Blackwell kernel that the tests compile, and runs of them in the emulator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from glu4.backends.blackwell.config import Config, candidates
+from glu4.backends.blackwell.emulation import Exported, Operands
+from glu4.backends.blackwell.spec import KernelSpec
+from glu4.emulator.launch import Result
+from glu4.nvfp4 import NVFP4Tensor
+from glu4.problem import Problem
+from glu4.verify import Case
+
+SENTINEL = 0x7E55  # a NaN with a payload in both 16-bit types: where nothing was written it stays
+
+# every value of every field, several at once; problems with tails in M, N and K and more steps than stages
+KERNELS: dict[str, tuple[KernelSpec, tuple[int, int, int]]] = {
+    "one CTA": (KernelSpec(Config(stages=2), "f16"), (130, 132, 800)),
+    "n 64": (
+        KernelSpec(Config(tile_n=64, stages=3, order="by_matrix", load_width=16, evict_first=True), "bf16"),
+        (130, 190, 1056),
+    ),
+    "n 32": (KernelSpec(Config(tile_n=32, stages=1, load_width=8, pdl=True), "f16"), (64, 101, 544)),
+    "k 128": (KernelSpec(Config(tile_k=128, stages=8, barriers="separate", load_width=64), "f16"), (200, 72, 1312)),
+    "gate first": (KernelSpec(Config(stages=3, gate_first=2, collector=True, pdl=True), "f16"), (129, 40, 1056)),
+    "pair": (KernelSpec(Config(2, 256, 128, stages=5, barriers="separate", order="by_matrix"), "bf16"), (300, 40, 1568)),
+    "pair, n 64": (KernelSpec(Config(2, 256, 64, stages=2), "f16"), (260, 90, 800)),
+    "pair, n 32": (KernelSpec(Config(2, 256, 32, stages=3, barriers="separate"), "f16"), (129, 70, 1056)),
+    "published": (
+        KernelSpec(Config(2, 256, 64, stages=6, barriers="separate", gate_first=3, collector=True, evict_first=True), "f16"),
+        (256, 72, 2080),
+    ),
+    "linear": (KernelSpec(Config(tile_n=256, stages=2), "f16", dual=False), (130, 264, 800)),
+    "linear, pair": (KernelSpec(Config(2, 256, 64, stages=3, order="by_matrix"), "bf16", dual=False), (260, 90, 1056)),
+}
+
+# defaults of the public contest's benchmarks, whose K is 7168 (and 4096)
+DEFAULTS = {f"{m} x {n}": KernelSpec(next(candidates(Problem(m, n, 7168))), "f16") for m, n in ((256, 4096), (512, 4096))}
+
+DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def operands(case: Case) -> Operands:
+    assert isinstance(case.x, NVFP4Tensor)
+    return Operands(case.x, case.gate, case.up, case.activation, case.gate_bias, case.up_bias)
+
+
+def run(kernel: Exported, case: Case, **options: Any) -> tuple[Result, torch.Tensor]:
+    """(result, output) of a case, written into a larger buffer, of which nothing else may change."""
+    m, n = case.out_shape[-2:]
+    batch = torch.Size(case.out_shape[:-2]).numel()
+    out = np.full((batch, m + 2, n + 8), SENTINEL, np.uint16)
+    result, got = kernel.run(operands(case), out, **options)
+    around = result.buffers["out"].copy()
+    around[:, :m, :n] = SENTINEL
+    assert (around == SENTINEL).all(), "written outside of C"
+    return result, got.reshape(case.out_shape)
+
+
+def exchanged(case: Case) -> Case:
+    """Gate and up exchanged."""
+    assert case.up is not None
+    return replace(case, gate=case.up, up=case.gate)

@@ -1,0 +1,283 @@
+"""The Blackwell kernel, compiled here and run in the emulator: numbers, hazards, resources, and faults that are found."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from backends.blackwell.kernels import DEFAULTS, DTYPES, KERNELS, exchanged, operands, run
+from backends.blackwell.table import table, written
+from glu4.activation import IDENTITY, clamped_silu, swiglu_oai
+from glu4.backends.blackwell.config import Config, legal
+from glu4.backends.blackwell.emulation import Exported, export
+from glu4.backends.blackwell.spec import KernelSpec
+from glu4.compiled.cubin import resources
+from glu4.emulator.launch import load
+from glu4.errors import UnsupportedError
+from glu4.nvfp4 import NVFP4Tensor
+from glu4.problem import Problem
+from glu4.verify import Case, check, exact_sum_case, full_range_case, one_hot_case
+
+if importlib.util.find_spec("cutlass") is None:
+    pytest.skip("needs CuTe DSL to compile the Blackwell kernels", allow_module_level=True)
+
+pytestmark = pytest.mark.slow  # CI's longer proofs are where CuTe DSL is
+
+SCHEDULES = (("eager", 0), ("lazy", 0), ("random", 1), ("random", 2))
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
+    """All of KERNELS and DEFAULTS, compiled in one process."""
+    specs = {name: spec for name, (spec, _) in KERNELS.items()} | DEFAULTS
+    return dict(zip(specs, export(list(specs.values()), tmp_path_factory.mktemp("kernels"))))
+
+
+def prove(kernel: Exported, case: Case, schedules: Any = SCHEDULES) -> None:
+    for schedule, seed in schedules:
+        result, out = run(kernel, case, schedule_name=schedule, seed=seed)
+        assert result.report.clean, str(result.report)
+        verdict = check(case, out)
+        assert verdict.ok, f"{schedule}, seed {seed}: {verdict.summary()}"
+
+
+# ---- numbers ----
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_full_range_with_tails_under_all_schedules(kernels: dict[str, Exported], name: str) -> None:
+    spec, (m, n, k) = KERNELS[name]
+    operation = "dual_gemm" if spec.dual else "linear"
+    assert legal(spec.config, Problem(m, n, k, operation=operation, out_dtype=DTYPES[spec.out])) is None
+    prove(kernels[name], full_range_case(2, m, n, k, out_dtype=DTYPES[spec.out], linear=not spec.dual))
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_of_the_benchmarks_at_full_k(kernels: dict[str, Exported], name: str) -> None:
+    """One tile and a corner of the next, with K 7168."""
+    c = DEFAULTS[name].config
+    prove(kernels[name], full_range_case(12, c.tile_m, c.tile_n + 8, 7168), SCHEDULES[2:3])
+
+
+@pytest.mark.parametrize("which", ["gate", "up"])
+def test_every_code_under_every_scale(kernels: dict[str, Exported], which: Any) -> None:
+    """128 rows of x pick 128 of K; 128 weights of 8 blocks run through all 127 scales and all 16 codes."""
+    prove(kernels["one CTA"], one_hot_case(3, 128, 128, 128, which=which), SCHEDULES[1:2])
+
+
+@pytest.mark.parametrize("name", ["one CTA", "published", "linear"])
+def test_exact_sums(kernels: dict[str, Exported], name: str) -> None:
+    prove(kernels[name], exact_sum_case(4, 130, 72, 1056, linear=not KERNELS[name][0].dual), SCHEDULES[1:2])
+
+
+@pytest.mark.parametrize("activation", [clamped_silu(1.5), swiglu_oai(), IDENTITY], ids=lambda a: a.name)
+def test_activations(kernels: dict[str, Exported], activation: Any) -> None:
+    prove(kernels["n 32"], full_range_case(5, 32, 32, 256, activation=activation), SCHEDULES[:1])
+
+
+@pytest.mark.parametrize("name", ["n 32", "gate first", "linear"])
+def test_batches_and_biases(kernels: dict[str, Exported], name: str) -> None:
+    """Two products with their own global scales and biases."""
+    case = full_range_case(10, 40, 40, 288, batch=2, bias=True, linear=not KERNELS[name][0].dual)
+    prove(kernels[name], case, SCHEDULES[2:3])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_few_steps(kernels: dict[str, Exported], steps: int) -> None:
+    """Fewer steps than stages, and than those whose gate products come first."""
+    prove(kernels["published"], full_range_case(11, 20, 40, 256 * steps - 32), SCHEDULES[1:2])
+
+
+def gates(values: torch.Tensor, up: float) -> Case:
+    """Outputs silu(value) * up in bfloat16, `[32, 32]`, each value representable by one product."""
+    k = 256
+    codes = torch.zeros((32, k // 2), dtype=torch.uint8)
+    codes[:, 0] = 0x02  # 1.0 in the first element
+    one = torch.full((32, k // 16), 1.0).to(torch.float8_e4m3fn)
+    x = NVFP4Tensor(codes, one, torch.tensor(1.0))
+    signs = torch.where(values < 0, 0x0A, 0x02).to(torch.uint8)
+    gate_codes = codes.clone()
+    gate_codes[:, 0] = signs
+    gate = NVFP4Tensor(
+        gate_codes, values.abs().unsqueeze(1).expand(32, k // 16).to(torch.float8_e4m3fn).contiguous(), torch.tensor(1.0)
+    )
+    return Case("gates", 0, x, gate, NVFP4Tensor(codes, one, torch.tensor(up)), out_dtype=torch.bfloat16)  # fmt: skip
+
+
+def test_silu_of_large_gates(kernels: dict[str, Exported]) -> None:
+    """exp(-gate) overflows float32 below -88.7, where silu(gate) * up need not vanish; nothing may become NaN."""
+    magnitudes = torch.tensor([1.0, 20, 64, 80, 88, 96, 104, 448]).repeat(2)
+    values = torch.cat([magnitudes, -magnitudes])
+    case = gates(values, 2.0**60)
+    prove(kernels["n 64"], case, SCHEDULES[:1])
+    _, out = run(kernels["n 64"], case)
+    assert out.isfinite().all()
+    assert bool((out[0, 16:21] < 0).all())
+
+
+def test_products_of_global_scales_beyond_float32(kernels: dict[str, Exported]) -> None:
+    """2^66 * 2^66 overflows where the gate does not; 2^66 * 2^-149 takes a subnormal scale."""
+    case = full_range_case(6, 16, 32, 256, out_dtype=torch.bfloat16, activation=IDENTITY)
+
+    def least(t: NVFP4Tensor, exponent: int) -> NVFP4Tensor:
+        scale = torch.full_like(t.linear_block_scale().view(torch.uint8), 1).view(torch.float8_e4m3fn)
+        return NVFP4Tensor(t.codes, scale, torch.tensor(2.0**exponent, dtype=torch.float64).float())
+
+    assert isinstance(case.x, NVFP4Tensor)
+    assert case.up is not None
+    case = replace(case, x=least(case.x, 66), gate=least(case.gate, 66), up=least(case.up, -149))
+    prove(kernels["n 64"], case, SCHEDULES[:1])
+    assert bool((run(kernels["n 64"], case)[1].abs() > 1).any())
+
+
+def test_a_nan_scale_poisons_its_own_row_or_column(kernels: dict[str, Exported]) -> None:
+    case = full_range_case(7, 64, 64, 544)
+    assert isinstance(case.x, NVFP4Tensor)
+    x, gate = case.x.to_linear(), case.gate.to_linear()
+    x.block_scale.view(torch.uint8)[5, 33] = 0x7F
+    gate.block_scale.view(torch.uint8)[40, 0] = 0x7F
+    _, out = run(kernels["n 32"], replace(case, x=x, gate=gate))
+    expected = torch.zeros(64, 64, dtype=torch.bool)
+    expected[5], expected[:, 40] = True, True
+    assert torch.equal(out.isnan(), expected)
+
+
+# ---- the launch and the machine code ----
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_resources(kernels: dict[str, Exported], name: str) -> None:
+    """No spills; shared memory, tensor memory, grid and cluster as the configuration says."""
+    spec, (m, n, k) = KERNELS[name]
+    kernel, c = kernels[name], spec.config
+    registers, stack = resources(kernel.cubin)
+    assert stack == 0
+    assert registers * 192 <= 65536
+    case = full_range_case(1, m, n, k, linear=not spec.dual)
+    launch = kernel.launch(operands(case), torch.zeros(1, m, n, dtype=torch.int16).numpy())
+    assert launch["dynamic_smem"] == c.shared_bytes(spec.weights)
+    assert tuple(launch["grid"]) == c.grid(m, n)
+    assert launch.get("cluster", [1, 1, 1]) == [c.ctas, 1, 1]
+    allocated = re.search(r"tcgen05\.alloc\S+\s+\[\S+\], (%\w+);", kernel.ptx)
+    assert allocated is not None
+    assert re.search(rf"mov\.b32\s+{allocated[1]}, {c.columns(spec.weights)};", kernel.ptx)
+
+
+def count(kernel: Exported, pattern: str) -> int:
+    return len(re.findall(pattern, kernel.ptx))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_instructions(kernels: dict[str, Exported], name: str) -> None:
+    """A step along K has one copy of each operand's codes and scales, and the scale copies and MMAs of its products.
+
+    Gate first has a second loop, with the same MMAs, in which the scales of A are copied once more.
+    """
+    kernel, spec = kernels[name], KERNELS[name][0]
+    c = spec.config
+    blocks, loops = c.tile_k // 64, 2 if c.gate_first else 1
+    mmas = spec.weights * blocks * loops
+    assert count(kernel, r"cp\.async\.bulk\.tensor") == 2 * (1 + spec.weights)
+    assert count(kernel, rf"tcgen05\.mma\.cta_group::{c.ctas}\.kind::mxf4nvf4\.block_scale\.block16") == mmas
+    assert count(kernel, r"tcgen05\.mma") == mmas
+    atoms = 1 + spec.weights * c.scale_rows // 128
+    assert count(kernel, r"tcgen05\.cp\.") == (7 if c.gate_first else atoms) * blocks
+    used = {keep: count(kernel, rf"collector::a::{keep}\b") for keep in ("fill", "lastuse", "discard")}
+    alternate = blocks if c.collector else 0
+    assert used == {"fill": alternate, "lastuse": alternate, "discard": mmas - 2 * alternate}
+    assert (count(kernel, r"griddepcontrol\.wait") > 0) == c.pdl
+
+
+def test_the_table_of_the_documentation(kernels: dict[str, Exported]) -> None:
+    assert written() == table(kernels)
+
+
+@pytest.mark.parametrize("name", ["one CTA", "pair"])
+def test_a_is_loaded_once(kernels: dict[str, Exported], name: str) -> None:
+    """Bytes that arrive in shared memory: each stage once, and in it A once for both products."""
+    spec, (_, _, k) = KERNELS[name]
+    c = spec.config
+    case = full_range_case(1, c.tile_m, c.tile_n, k, out_dtype=DTYPES[spec.out])
+    result, _ = run(kernels[name], case, record=True)
+    assert result.recording is not None
+    events = [e for e in result.recording.timed().events if e.lane.name == "TMA loads" and e.bytes]
+    steps = -(-k // c.tile_k)
+    assert sum(e.bytes for e in events) == steps * c.ctas * c.stage_bytes()
+    own = 128 * c.tile_k // 2
+    weight = c.tile_n // c.ctas * c.tile_k // 2
+    assert sum(e.bytes == own for e in events) == steps * c.ctas * (3 if weight == own else 1)
+
+
+def test_sm_103a(tmp_path: Path) -> None:
+    """The same source compiles for the other architecture of the family, to the same instructions."""
+    spec = replace(KERNELS["pair, n 64"][0], arch="sm_103a")
+    (kernel,) = export([spec], tmp_path)
+    assert ".target sm_103a" in kernel.ptx
+    assert resources(kernel.cubin)[1] == 0
+    assert count(kernel, r"tcgen05\.mma\.cta_group::2\.kind::mxf4nvf4\.block_scale\.block16") == 8
+
+
+def test_a_kernel_that_the_compiler_refuses(tmp_path: Path) -> None:
+    """M 64: the toolchain's own words."""
+    with pytest.raises(UnsupportedError, match="compiling for the emulator failed") as caught:
+        export([KernelSpec(Config(tile_m=64), "f16")], tmp_path)
+    assert "expects the M-mode to be 128, but got 64" in str(caught.value)
+
+
+# ---- faults ----
+
+
+def changed(ptx: str, pattern: str, new: str, before: str | None = None) -> str:
+    """The PTX with one line's match replaced: the first, or the last ahead of the first line that matches `before`."""
+    lines = ptx.splitlines()
+    end = len(lines) if before is None else next(i for i, line in enumerate(lines) if re.search(before, line))
+    found = [i for i, line in enumerate(lines[:end]) if re.search(pattern, line)]
+    at = found[0 if before is None else -1]
+    lines[at] = re.sub(pattern, new, lines[at])
+    return "\n".join(lines)
+
+
+WAIT, PASSED = r"mbarrier\.try_wait\.parity\S*\s+(\w+), .*", r"setp.eq.u32 \1, 0, 0;"
+# kernel, what is changed, what it becomes, before which line, and what must be found
+FAULTS = {
+    "no wait for a full stage": ("one CTA", WAIT, PASSED, r"tcgen05\.cp", "missing wait"),
+    "no wait for a free stage": ("one CTA", WAIT, PASSED, r"cp\.async\.bulk\.tensor", "missing wait"),
+    "no wait for the accumulators": ("one CTA", WAIT, PASSED, r"tcgen05\.ld", "data race"),
+    "no tcgen05.wait::ld": ("one CTA", r"tcgen05\.wait::ld.*", "", None, "missing wait"),
+    "no commit of a stage": ("one CTA", r".*tcgen05\.commit.*", "", None, "deadlock"),
+    "no commit of a pair's stage": ("pair", r".*tcgen05\.commit.*", "", None, "deadlock"),
+    "scales of the columns beside": ("pair, n 64", r"(tcgen05\.mma.*, \[%\w+\], \[%\w+)\]", r"\1+1]", None, "numbers"),
+    "scales of A for gate": ("one CTA", r"(tcgen05\.mma.*), \[(%\w+)\], \[%\w+\]", r"\1, [\2], [\2]", None, "numbers"),
+    "no wait for the kernel in front": ("n 32", r"griddepcontrol\.wait.*", "", None, "data race"),
+    "gate's sums are not done": ("gate first", WAIT, PASSED, r"tcgen05\.ld", "data race"),
+    "gate's sum into up's": ("one CTA", r"(tcgen05\.mma\S+\s+\[%\w+)\]", r"\1+128]", None, "numbers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(kernels: dict[str, Exported], fault: str) -> None:
+    name, pattern, new, before, kind = FAULTS[fault]
+    spec, _ = KERNELS[name]
+    c = spec.config
+    case = full_range_case(8, c.tile_m, c.tile_n, 256 * 2 * c.stages, out_dtype=DTYPES[spec.out])
+    program = load(changed(kernels[name].ptx, pattern, new, before))
+    result, out = run(kernels[name], case, program=program, schedule_name="random", seed=1, max_instructions=300_000)
+    found = {h.kind for h in result.report.hazards}
+    if kind == "numbers":
+        assert not check(case, out, diagnose=False).ok
+    else:
+        assert kind in found, str(result.report)
+
+
+def test_gate_and_up_exchanged(kernels: dict[str, Exported]) -> None:
+    case = full_range_case(9, 128, 128, 512)
+    _, out = run(kernels["one CTA"], exchanged(case))
+    verdict = check(case, out)
+    assert not verdict.ok
+    assert "the activation is applied to up instead of gate" in verdict.summary()
