@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+
+import pytest
 
 MAIN = "from glu4.cli import main; main()"
 
@@ -28,6 +31,24 @@ def test_a_missing_submission_is_exit_code_2():
     result = glu4("verify", "--submission", "absent.py")
     assert result.returncode == 2
     assert result.stderr.endswith("absent.py: cannot be read (No such file or directory); give the path of a Python file\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("roofline", "--device", "h100"),  # rich
+        ("compile", "--list", "--json"),  # sys.stdout
+        ("--help",),  # typer
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_reader_that_stops_reading_ends_it_without_a_word(arguments: tuple[str, ...]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", MAIN, *arguments]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_help_names_every_command_and_imports_no_optional_package():

@@ -15,7 +15,7 @@ from fake_hopper import fake_hopper
 from glu4 import dispatch, reference
 from glu4.activation import SILU, Activation, clamped_silu
 from glu4.backends.hopper.pack import pack_gated, pack_matrix
-from glu4.nn import GatedMLP, NVFP4Linear, set_mode
+from glu4.nn import GatedMLP, NVFP4Linear, free_originals, set_mode
 from glu4.nvfp4 import NVFP4Tensor, quantize
 from glu4.verify.cases import Case
 from glu4.verify.checker import check
@@ -255,6 +255,55 @@ def test_packed_weights_follow_what_the_buffers_hold(monkeypatch: pytest.MonkeyP
         before = len(cuda.launches)
         assert torch.equal(empty(_x(4, 3).half()), other(_x(4, 3).half()))
         assert len(cuda.launches) == before + 2
+
+
+def _held(model: nn.Module) -> int:
+    """Bytes of memory behind the buffers of NVFP4 matrices."""
+    parts = [b for name, b in model.named_buffers() if name.endswith(("codes", "block_scale"))]
+    return sum({b.untyped_storage().data_ptr(): b.untyped_storage().nbytes() for b in parts}.values())
+
+
+@pytest.mark.parametrize("mode", ["w4a16", "w4a4"])
+def test_the_packed_form_alone(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    with fake_hopper(monkeypatch) as cuda:
+        down = NVFP4Linear(_matrix(torch.Generator().manual_seed(1), 16, N, 1.0), mode=mode)
+        model = GatedMLP(_weights(1, input_scale=0.01), down, mode=mode)
+        x, names, matrices = _x(2, 3).half(), list(model.state_dict()), (model.gate, model.up, down.weight)
+        values = [m.tensor().dequantize() for m in matrices]
+        want, held = model(x), _held(model)
+        assert held > 10 * N
+        assert free_originals(model) == 2
+        assert free_originals(model) == 2
+        assert _held(model) <= 6  # a byte for each
+        assert model.weights.matrices is None
+        cuda.launches.clear()
+        assert torch.equal(model(x), want)
+        assert len(cuda.launches) == 2
+        assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), want)
+        again = model.state_dict()
+        assert _held(model) == held
+        assert list(again) == names
+        assert torch.equal(again["gate.codes"], model.gate.codes)
+        assert all(torch.equal(m.tensor().dequantize(), v) for m, v in zip(matrices, values, strict=True))
+        for change in (copy.deepcopy, _saved_and_loaded, nn.Module.eval, lambda m: m.to(torch.bfloat16).half()):
+            assert free_originals(model) == 2
+            assert torch.equal(change(model)(x), want)
+        other = GatedMLP(_weights(5, input_scale=0.01), NVFP4Linear(_matrix(torch.Generator().manual_seed(2), 16, N, 1.0)))
+        assert free_originals(model) == 2
+        model.load_state_dict(other.state_dict())
+        other.mode = other.down_proj.mode = mode  # type: ignore[assignment, union-attr]
+        assert torch.equal(model(x), other(x))
+        assert free_originals(model) == 2
+        model.weights = _weights(1, input_scale=0.01)
+        model.down_proj = down
+        assert not torch.equal(model(x), other(x))
+
+
+def test_nothing_is_freed_where_nothing_is_packed() -> None:
+    model = _bare(_weights(1))
+    held = _held(model)
+    assert free_originals(nn.Sequential(model)) == 0
+    assert _held(model) == held
 
 
 def test_each_module_asks_for_kernels_of_its_own_operation(monkeypatch: pytest.MonkeyPatch) -> None:

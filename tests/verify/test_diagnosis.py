@@ -7,7 +7,7 @@ hypotheses, which change operands and ask the specification.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -181,6 +181,14 @@ def test_operand(name: str, where: set[str]) -> None:
     prefix = "the first scale of each two, of " if name == "group of 32" else ""
     label = {1: "{0}", 2: "gate and up", 3: "x, gate and up"}
     assert {(d.name, d.detail) for d in verdict.diagnosis} == {(name, prefix + label[len(w)].format(*w)) for w in expected}
+
+
+def test_a_global_scale_whose_inverse_is_no_float32() -> None:
+    case = dense(11, out_dtype=torch.bfloat16)
+    assert case.gate.global_scale.ndim == 0
+    case = replace(case, gate=replace(case.gate, global_scale=torch.tensor(2.0**-140)))
+    verdict = check(case, torch.ones(case.out_shape, dtype=torch.bfloat16))
+    assert not verdict.ok
 
 
 def test_nibbles_of_16_bit_tokens() -> None:

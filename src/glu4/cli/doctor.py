@@ -48,7 +48,8 @@ def command(json: JsonOption = False) -> None:
     versions = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
     versions["torch"] = _torch_version()
     kernels = _kernels()
-    hints = _hints(versions, [entry["device"] for entry in devices]) + _kernel_hints(kernels, devices) + _memory_hints(devices)
+    hints = _hints(versions, [entry["device"] for entry in devices]) + _kernel_hints(kernels, devices)
+    hints += _table_hints(devices) + _memory_hints(devices)
     right = all(not entry["faults"] for entry in devices)
     if json:
         emit_json(
@@ -106,15 +107,17 @@ def _device(device: torch.device) -> dict[str, Any]:
         explanation = explain(problem, device)
         reasons = {c.backend: {"can_run": c.can_run, "reason": c.reason} for c in explanation.candidates}
         backends[name] = {"chosen": explanation.chosen, "candidates": reasons}
+    model = None
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
+        model = properties.name
         major_minor = f"sm_{properties.major}{properties.minor}"
         free = torch.cuda.mem_get_info(device)[0] / 2**30
         description = f"{properties.name}, {major_minor}, {free:.1f} GiB free of {properties.total_memory / 2**30:.1f}"
     else:
         free = None
         description = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    entry = {"device": str(device), "description": description, "free_gib": free, "hopper": is_hopper(device)}
+    entry = {"device": str(device), "description": description, "free_gib": free, "hopper": is_hopper(device), "name": model}
     return {**entry, "backends": backends, "faults": _faults(device)}
 
 
@@ -180,6 +183,18 @@ def _kernel_hints(kernels: dict[str, Any], devices: list[dict[str, Any]]) -> lis
         more = f" and {rest} more" if rest else ""
         hints.append(f"kernel files of another version of glu4, which may be deleted: {first}{more}")
     return hints
+
+
+def _table_hints(devices: list[dict[str, Any]]) -> list[str]:
+    """Why measured tables of these devices are not used."""
+    import warnings
+
+    from glu4.backends.hopper import tuned
+
+    names = dict.fromkeys(entry["name"] for entry in devices if entry["hopper"] and entry["name"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the same sentence, which is a hint here
+        return [f"a measured table is not used: {reason}" for name in names for reason in tuned.refusals(name)]
 
 
 def _memory_hints(devices: list[dict[str, Any]]) -> list[str]:

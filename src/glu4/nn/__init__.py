@@ -2,7 +2,7 @@
 
 from glu4.nn.convert import ConversionReport, convert
 from glu4.nn.load import load
-from glu4.nn.modules import GatedMLP, Mode, NVFP4Linear, set_mode
+from glu4.nn.modules import GatedMLP, Mode, NVFP4Linear, free_originals, set_mode
 from glu4.nn.save import save
 
-__all__ = ["ConversionReport", "GatedMLP", "Mode", "NVFP4Linear", "convert", "load", "save", "set_mode"]
+__all__ = ["ConversionReport", "GatedMLP", "Mode", "NVFP4Linear", "convert", "free_originals", "load", "save", "set_mode"]

@@ -19,7 +19,7 @@ from glu4.activation import SILU, Activation
 from glu4.nvfp4 import NVFP4Tensor, quantize
 from glu4.weights import GatedWeights, LinearWeight
 
-__all__ = ["GatedMLP", "Mode", "NVFP4Linear", "check_mode", "set_mode"]
+__all__ = ["GatedMLP", "Mode", "NVFP4Linear", "check_mode", "free_originals", "set_mode"]
 
 Mode = Literal["w4a16", "w4a4"]
 
@@ -59,6 +59,11 @@ class _Matrix(_ExactBuffers):
         for name in self.exact_buffers:
             self.register_buffer(name, getattr(matrix, name))
 
+    def hold(self, matrix: NVFP4Tensor) -> None:
+        """Let the buffers be these."""
+        for name in self.exact_buffers:
+            setattr(self, name, getattr(matrix, name))
+
     def tensor(self) -> NVFP4Tensor:
         """The buffers as one value; checks scales on the CPU, as every NVFP4Tensor does."""
         return NVFP4Tensor(self.codes, self.block_scale, self.global_scale)
@@ -97,14 +102,27 @@ def _prepare_after_load(module: nn.Module, _: object) -> None:
     module._prepare_again()
 
 
+def _restore_before(module: nn.Module, *_: object) -> None:
+    assert isinstance(module, _Prepared)
+    module._restore()
+
+
 class _Prepared(_ExactBuffers, Generic[W]):
-    """A module that keeps its weights checked and prepared for the device that its buffers are on."""
+    """A module that keeps its weights checked and prepared for the device that its buffers are on.
+
+    Once `_freed`, the matrices' buffers have a shape and no memory. Whatever looks into them restores them first: state_dict,
+    load_state_dict, moves, copies.
+    """
 
     _ready: W | None
+    _freed: bool
 
     def __init__(self) -> None:
         super().__init__()
         self._ready = None
+        self._freed = False
+        self.register_state_dict_pre_hook(_restore_before)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_restore_before)  # type: ignore[no-untyped-call]
         # after its children, which hold the matrices
         self.register_load_state_dict_post_hook(_prepare_after_load)  # type: ignore[no-untyped-call]
 
@@ -123,12 +141,40 @@ class _Prepared(_ExactBuffers, Generic[W]):
     def _prepare_again(self) -> None:
         """Pack now where a kernel wants that: a graph that torch.compile traces before the first call could not."""
         self._ready = None
-        device = next(m.codes.device for m in self.children() if isinstance(m, _Matrix))
+        device = self._matrices()[0].codes.device
         if dispatch.packs(device, isinstance(self, GatedMLP)):
             with suppress(ValueError):  # memory not filled yet, or damaged weights: the next call says which
                 self._current()
 
+    def _matrices(self) -> list[_Matrix]:
+        """Where the weights' parts are kept, in their order."""
+        return [m for m in self.children() if isinstance(m, _Matrix)]
+
+    def free_original(self) -> bool:
+        """Keep the packed form alone, where there is one: whether it does."""
+        ready = None if self._freed else self._current()
+        if ready is not None and ready.packed is not None:
+            self._ready = ready = ready.prepare(ready.device, free_original=True)
+            self._freed = True
+            for matrix, outline in zip(self._matrices(), ready.outlines, strict=True):
+                matrix.hold(outline)
+        return self._freed
+
+    def _restore(self) -> None:
+        """Give the buffers their values back."""
+        if self._freed:
+            assert self._ready is not None
+            for matrix, original in zip(self._matrices(), self._ready.originals(), strict=True):
+                matrix.hold(original)
+            self._freed, self._ready = False, None
+            self._prepare_again()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._restore()
+        return self.__dict__.copy()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Prepared[W]:
+        self._restore()
         self._ready = None
         super()._apply(fn, recurse)
         self._prepare_again()
@@ -181,6 +227,8 @@ class GatedMLP(_Prepared[GatedWeights]):
     def weights(self, weights: GatedWeights) -> None:
         if len(weights.shape) != 2:
             raise ValueError(f"weights: expected gate and up [N, K], got a stack {list(weights.shape)}; see grouped_dual_gemm")
+        self.in_features = weights.shape[1]
+        self._freed = False
         self.gate, self.up = _Matrix(weights.gate), _Matrix(weights.up)
         for name in ("input_scale", "gate_bias", "up_bias"):
             setattr(self, name, _detached(getattr(weights, name)))
@@ -188,8 +236,8 @@ class GatedMLP(_Prepared[GatedWeights]):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., K]` to down_proj's output, through `[..., N]` in x's dtype."""
-        weights = self.weights
-        _check_features(x, weights.outlines[0].k)
+        weights = self._current()
+        _check_features(x, self.in_features)
         operand = _operand(x, self)
         hidden = ops.dual_gemm(operand, weights, activation=self.activation, out_dtype=x.dtype)
         return cast(Tensor, self.down_proj(_shaped(hidden, x)))
@@ -242,6 +290,17 @@ class NVFP4Linear(_Prepared[LinearWeight]):
     def extra_repr(self) -> str:
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, mode={self.mode}"
+
+
+def free_originals(model: nn.Module) -> int:
+    """Let every GatedMLP and NVFP4Linear of `model` keep its packed form alone, which halves what its weights take on a Hopper
+    GPU; returns how many do. For inference: what needs NVFP4 again (state_dict, load_state_dict, moves, copies, saving) unpacks
+    it, and both forms are held from then on.
+
+    Only what is packed is freed, so elsewhere nothing changes. The same values come back, but codes of blocks with scale zero
+    as zero. Call it after the last move or load; memory is free once nobody else holds the tensors.
+    """
+    return sum(m.free_original() for m in model.modules() if isinstance(m, _Prepared))
 
 
 def set_mode(model: nn.Module, mode: Mode) -> int:

@@ -169,7 +169,8 @@ def _half_index(t: NVFP4Tensor) -> NVFP4Tensor:
 
 
 def _divisor(t: NVFP4Tensor) -> NVFP4Tensor:
-    return replace(t, global_scale=1 / t.global_scale)
+    # up to 2^-128 the inverse is no float32, where a kernel with this mistake has infinity
+    return replace(t, global_scale=(1 / t.global_scale).clamp(max=torch.finfo(torch.float32).max))
 
 
 # ---- block-scale layouts: every row matters, so the whole operand is changed and then sampled ----
