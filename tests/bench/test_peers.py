@@ -4,6 +4,8 @@ that decode what they are given, so that an operand in a wrong place gives a wro
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -37,6 +39,58 @@ def test_one_that_is_not_installed_says_what_to_do(monkeypatch: pytest.MonkeyPat
     assert peers.not_installed("torch", "2.11") is None
     monkeypatch.setattr(cublas, "find_spec", lambda name: None)
     assert BY_NAME["cublas_fp16"].missing() == "Triton is not installed; it comes with CUDA builds of torch"
+
+
+def _installed(path: Path, name: str, text: str) -> None:
+    """A distribution of that name, version 1.0, with one module."""
+    (path / f"{name}.py").write_text(text)
+    (path / f"{name}-1.0.dist-info").mkdir()
+    (path / f"{name}-1.0.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+
+
+def test_one_that_lacks_what_it_needs_is_left_out_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    _installed(tmp_path, "lacking_peer", "import no_such_dependency")
+    _installed(tmp_path, "broken_peer", "raise OSError('libcute.so: cannot open shared object file')")
+    _installed(tmp_path, "sound_peer", "")
+
+    def no_compiler() -> None:
+        raise RuntimeError("No suitable CUDA 13 environment found.")
+
+    def reason(name: str, ready: Callable[[], object] | None = None) -> str | None:
+        return peers.not_usable(name, "1.0", (name,), ready)
+
+    assert reason("lacking_peer") == (
+        "lacking_peer 1.0 cannot be imported: ModuleNotFoundError: No module named 'no_such_dependency'"
+    )
+    assert reason("broken_peer") == ("broken_peer 1.0 cannot be imported: OSError: libcute.so: cannot open shared object file")
+    assert reason("sound_peer", no_compiler) == (
+        "sound_peer 1.0 cannot run here: RuntimeError: No suitable CUDA 13 environment found."
+    )
+    assert reason("sound_peer") is None
+    assert "absent_peer is not installed" in (reason("absent_peer") or "")
+
+
+@pytest.mark.parametrize(("name", "module"), [("quack_w4a16", "quack.gemm_w4"), ("humming_fp16", "humming.forward")])
+def test_each_imports_what_it_calls_before_it_is_chosen(monkeypatch: pytest.MonkeyPatch, name: str, module: str) -> None:
+    imported: list[str] = []
+
+    def pretend(module: str) -> object:
+        imported.append(module)
+        raise ModuleNotFoundError("No module named 'pydantic'")
+
+    peers.not_usable.cache_clear()
+    monkeypatch.setattr(peers, "version", lambda distribution: "0.0")
+    monkeypatch.setattr(peers, "import_module", pretend)
+    assert "0.0 cannot be imported: ModuleNotFoundError: No module named 'pydantic'" in (BY_NAME[name].missing() or "")
+    assert imported[0].split(".")[0] == module.split(".")[0]
+    monkeypatch.setattr(peers, "import_module", lambda module: imported.append(module))
+    monkeypatch.setattr(humming, "import_module", lambda module: imported.append(module))
+    peers.not_usable.cache_clear()
+    reason = BY_NAME[name].missing()
+    assert module in imported
+    assert reason is None or "cannot run here" in reason  # of what humming compiles with, there is nothing here
+    peers.not_usable.cache_clear()
 
 
 def test_each_says_what_it_holds() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from glu4.bench.contender import Contender
+from glu4.bench.timing import describe
 
-__all__ = ["not_installed", "select"]
+__all__ = ["not_installed", "not_usable", "select"]
 
 ALWAYS = "cublas_fp16"
 
@@ -17,6 +21,29 @@ def not_installed(distribution: str, tested: str) -> str | None:
         version(distribution)
     except PackageNotFoundError:
         return f"{distribution} is not installed (measured with {tested}); docs/benchmarks.md says how"
+    return None
+
+
+@cache
+def not_usable(distribution: str, tested: str, modules: Sequence[str], ready: Callable[[], object] | None = None) -> str | None:
+    """Why a peer of that distribution cannot run here, though it may be installed; None when it can.
+
+    Its modules are imported, which finds what they need and is not there; then `ready` is called, which raises for what they
+    look for later. Asked once in a process.
+    """
+    absent = not_installed(distribution, tested)
+    if absent is not None:
+        return absent
+    try:
+        for name in modules:
+            import_module(name)
+    except Exception as error:
+        return f"{distribution} {version(distribution)} cannot be imported: {describe(error)}"
+    try:
+        if ready is not None:
+            ready()
+    except Exception as error:
+        return f"{distribution} {version(distribution)} cannot run here: {describe(error)}"
     return None
 
 

@@ -16,12 +16,21 @@ from torch import Tensor
 
 from glu4.bench.contender import Contender
 from glu4.bench.operands import FORMATS, Operands, replica
-from glu4.bench.peers import not_installed
+from glu4.bench.peers import not_usable
 from glu4.bench.timing import copies
 
 __all__ = ["PEERS"]
 
-_missing = partial(not_installed, "humming-kernels", "0.1.19")
+
+def _compiler() -> None:
+    """Raises where humming finds neither NVRTC with its headers nor nvcc: it compiles every kernel on first use."""
+    compiler = import_module("humming.jit.runtime").KernelRuntime._get_compiler()
+    compiler.signature()
+    import_module("humming.utils.cuda").filter_cuda_paths(required_headers=["cuda_runtime.h"])
+
+
+_MODULES = ("humming.layer", "humming.tune", "humming.forward")
+_missing = partial(not_usable, "humming-kernels", "0.1.19", _MODULES, _compiler)
 
 
 def _layer(operands: Operands, dtype: torch.dtype) -> Any:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from glu4.bench.contender import Contender
 from glu4.bench.operands import FORMATS, Operands, replica
-from glu4.bench.peers import not_installed
+from glu4.bench.peers import not_usable
 from glu4.bench.timing import copies
 
 __all__ = ["PEERS"]
 
-_missing = partial(not_installed, "quack-kernels", "0.6.5")
+_missing = partial(not_usable, "quack-kernels", "0.6.5", ("quack.gemm_w4", "quack.gemm_interface"))
 
 
 def _w4a16(operands: Operands) -> list[Callable[[], Tensor]]:
