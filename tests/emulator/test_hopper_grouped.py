@@ -1,0 +1,201 @@
+"""The grouped Hopper kernel, compiled here: every expert's own weights and scales, no alarm, and planted faults that are found."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import struct
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from glu4.activation import SILU
+from glu4.backends.hopper.grouped_config import MAX_EXPERTS, GroupedConfig
+from glu4.backends.hopper.pack import UNIT_WORDS, pack_gated
+from glu4.emulator.launch import Result, emulate, load
+from glu4.nvfp4 import NVFP4Tensor
+from glu4.verify.case import Case
+from glu4.verify.checker import check
+from operands import full_range
+
+CONFIG = GroupedConfig(8, 2, 1)
+SENTINEL = 0x7BCD
+COMPILE = """
+import sys, tempfile
+from pathlib import Path
+import glu4.backends.hopper.grouped_gemm as module
+old, new = sys.argv[3:5]
+source = Path(module.__file__).read_text()
+if old:
+    assert source.count(old) == 1, (source.count(old), old)
+    path = Path(sys.argv[1]).with_name("grouped_gemm.py")
+    path.write_text(source.replace(old, new))
+    from importlib.util import module_from_spec, spec_from_file_location
+    spec = spec_from_file_location(module.__name__, path)
+    sys.modules[module.__name__] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[module.__name__])
+from cutlass import cute
+from glu4.backends.hopper.grouped_build import arguments
+from glu4.backends.hopper.grouped_config import GroupedConfig
+with tempfile.TemporaryDirectory() as scratch:
+    made = cute.compile(*arguments(eval(sys.argv[2]), "f16", "f16"), options=f"--keep-ptx --dump-dir={scratch}")
+Path(sys.argv[1]).write_text(made.artifacts.PTX)
+"""
+
+
+@cache
+def ptx(config: GroupedConfig, old: str = "", new: str = "") -> str:
+    """PTX of the kernel, with a fault planted in its source."""
+    if importlib.util.find_spec("cutlass") is None:
+        pytest.skip("needs CuTe DSL to compile the Hopper kernels")
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, "kernel.ptx")
+        environment = {
+            "CUTE_DSL_ARCH": "sm_90a",
+            "CUTE_DSL_DISABLE_FILE_CACHING": "1",
+            "PATH": "/usr/bin:/bin",
+            "HOME": scratch,
+        }
+        command = [sys.executable, "-c", COMPILE, str(path), repr(config), old, new]
+        subprocess.run(command, check=True, env=environment, timeout=120)
+        return path.read_text()
+
+
+def fields(form: str, *values: Any) -> dict[str, str]:
+    return {"bytes": struct.pack("<" + form, *values).hex()}
+
+
+class Experts:
+    """Weights of full range, scales and biases of each expert's own, and sorted tokens with rows to spare."""
+
+    def __init__(self, counts: list[int], n: int, k: int, spare_rows: int = 2) -> None:
+        g = torch.Generator().manual_seed(5)
+        self.n, self.k, self.experts = n, k, len(counts)
+        self.gates = [self._weight(2 * e, n, k) for e in range(self.experts)]
+        self.ups = [self._weight(2 * e + 1, n, k) for e in range(self.experts)]
+        self.x = torch.randn(sum(counts) + spare_rows, k, generator=g).half()
+        self.biases = torch.randn(2, self.experts, n, generator=g)
+        self.offsets = [0, *itertools.accumulate(counts)]
+
+    @staticmethod
+    def _weight(seed: int, n: int, k: int) -> NVFP4Tensor:
+        w = full_range(100 + seed, n, k)
+        return NVFP4Tensor(w.codes, w.block_scale, torch.tensor(0.0002 * (seed + 1)))
+
+    def run(self, text: str, config: GroupedConfig, ctas: int = 3, schedule: str = "eager", seed: int = 0,
+            offsets: list[int] | None = None) -> Result:  # fmt: skip
+        n, k, experts, rows = self.n, self.k, self.experts, self.x.shape[0]
+        packed = torch.stack([pack_gated(g, u) for g, u in zip(self.gates, self.ups)])
+        _, tiles, units, _ = packed.shape
+        box = {
+            "buffer": "x", "element_type": "f16", "global_shape": [k, rows], "global_strides_bytes": [2 * k],
+            "box_shape": [64, config.tokens], "swizzle": "128B",
+        }  # fmt: skip
+        words = fields("iii4xqq", experts, tiles, units, tiles * units * UNIT_WORDS, units * UNIT_WORDS)
+        scales = [{"pack": [{"ptr": name}, fields("i4x", experts)]} for name in ("gate", "up")]
+        biases = [{"pack": [{"ptr": name}, fields("iiq", experts, n, n)]} for name in ("gate_bias", "up_bias")]
+        params = [
+            {"tensor_map": box}, fields("ii", rows, k), {"pack": [{"ptr": "w"}, words]},
+            {"pack": [{"ptr": "offsets"}, fields("i4x", experts + 1)]}, *scales, {"ptr": "gate"}, *biases, {"i32": 6},
+            {"f32": SILU.alpha}, {"f32": SILU.beta}, {"f32": SILU.limit},
+            {"pack": [{"ptr": "c"}, fields("iiq", rows, n, n)]}, {"bytes": "00"},
+        ]  # fmt: skip
+        buffers = {
+            "x": self.x.view(torch.uint16).numpy(),
+            "w": np.concatenate([packed.numpy().view(np.uint32).ravel(), np.zeros(UNIT_WORDS, np.uint32)]),
+            "offsets": np.array(offsets or self.offsets, np.int32),
+            "gate": torch.stack([w.global_scale for w in self.gates]).numpy(),
+            "up": torch.stack([w.global_scale for w in self.ups]).numpy(),
+            "gate_bias": self.biases[0].numpy(),
+            "up_bias": self.biases[1].numpy(),
+            "c": np.full((rows, n), SENTINEL, np.uint16),
+        }
+        launch = {
+            "grid": [ctas], "block": [config.tile.cta_threads(False)], "dynamic_smem": config.shared_bytes, "params": params,
+            "dependent": ["x", "offsets", "c"],
+        }  # fmt: skip
+        return emulate(load(text), launch, buffers, schedule_name=schedule, seed=seed)
+
+    def wrong(self, result: Result) -> list[str]:
+        """What is not as specified, expert by expert, and whether rows of no expert were touched."""
+        out = torch.from_numpy(result.buffers["c"].view(np.int16)).view(torch.float16)
+        found = []
+        for e, (first, end) in enumerate(itertools.pairwise(self.offsets)):
+            if first < end:
+                biases = {"gate_bias": self.biases[0, e], "up_bias": self.biases[1, e]}
+                case = Case("expert", e, self.x[first:end], self.gates[e], self.ups[e], out_dtype=torch.float16, **biases)
+                verdict = check(case, out[first:end])
+                found += [] if verdict.ok else [f"expert {e}: {verdict.summary()}"]
+        if not (result.buffers["c"][self.offsets[-1] :] == SENTINEL).all():
+            found.append("rows beyond the last expert's were written")
+        return found
+
+
+@pytest.mark.parametrize(("schedule", "seed"), [("eager", 0), ("lazy", 0), ("random", 1), ("random", 2)])
+@pytest.mark.parametrize("counts", [[3, 0, 9, 1, 17], [0, 0, 5], [0, 0]], ids=str)
+def test_every_expert_has_its_own(counts: list[int], schedule: str, seed: int) -> None:
+    experts = Experts(counts, 72, 208)
+    result = experts.run(ptx(CONFIG), CONFIG, schedule=schedule, seed=seed)
+    assert result.report.clean, str(result.report)
+    assert experts.wrong(result) == []
+
+
+@pytest.mark.parametrize(
+    "config", [GroupedConfig(8, 3, 1), GroupedConfig(64, 3, 1), GroupedConfig(128, 2, 2)], ids=lambda c: c.name
+)
+def test_other_tiles(config: GroupedConfig) -> None:
+    experts = Experts([5, 130, 0, 64], 104, 144)
+    result = experts.run(ptx(config), config, ctas=2)
+    assert result.report.clean, str(result.report)
+    assert experts.wrong(result) == []
+
+
+def test_more_experts_than_threads_of_a_cta() -> None:
+    counts = [1 if e % 37 == 0 else 0 for e in range(MAX_EXPERTS)]
+    experts = Experts(counts, 32, 64)
+    result = experts.run(ptx(CONFIG), CONFIG)
+    assert result.report.clean, str(result.report)
+    assert experts.wrong(result) == []
+
+
+@pytest.mark.parametrize("offsets", [[0, 3, 1, 12], [0, 99, 100, 101], [-5, 2, 4, 9], [4, 3, 2, 1]], ids=str)
+def test_wrong_offsets_lead_to_no_access_outside(offsets: list[int]) -> None:
+    """Some rows may be written twice, by several experts; memory beyond x and out is never touched."""
+    result = Experts([3, 5, 4], 40, 64).run(ptx(CONFIG), CONFIG, offsets=offsets)
+    assert {h.kind for h in result.report.hazards} <= {"data race"}, str(result.report)
+
+
+def test_bits_do_not_depend_on_the_number_of_ctas() -> None:
+    experts = Experts([3, 0, 9, 1], 72, 144)
+    few, many = (experts.run(ptx(CONFIG), CONFIG, ctas=c).buffers["c"] for c in (1, 7))
+    assert (few == many).all()
+
+
+FAULTS = {
+    "another expert's scale": ("self.scales(up_scale[expert], x_scale, flags)", "self.scales(up_scale[0], x_scale, flags)"),
+    "another expert's weights": ("weights[(expert, 0, 0, None)]", "weights[(0, 0, 0, None)]"),
+    "another expert's bias": ("up_bias[(expert, None)]", "up_bias[(0, None)]"),
+    "rows of the next expert": ("end = self.clamped(offsets[expert + 1], x.shape[0])", "end = x.shape[0]"),
+    "token tiles from x's start": ("(row, 0), x)", "(token_tile * c.tokens, 0), x)"),
+    "sums of the tile before": ("                sums.fill(0.0)\n", "                sums.fill(0.0) if tile == first_tile else None\n"),
+    "a count too few": ("- first, 0) + self.config.tokens - 1)", "- first, 0) + self.config.tokens - 2)"),
+    "no wait for the kernel before": ("        cute.arch.griddepcontrol_wait()\n", ""),
+    "no release of a tile's last stage": ("                self.release(pipe, before, lane)\n", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(fault: str) -> None:
+    experts = Experts([3, 0, 9, 1, 17], 72, 208)
+    old, new = FAULTS[fault]
+    if "sums of the tile" in fault:
+        new = "                if tile == first_tile:\n                    sums.fill(0.0)\n"
+    result = experts.run(ptx(CONFIG, old, new), CONFIG)
+    assert not result.report.clean or experts.wrong(result)
