@@ -16,6 +16,7 @@ from glu4.nvfp4 import NVFP4Tensor
 from glu4.problem import Problem
 from glu4.verify import Case
 
+PROCESSORS = 4  # so that a persistent kernel's CTAs have several tiles each
 SENTINEL = 0x7E55  # a NaN with a payload in both 16-bit types: where nothing was written it stays
 
 # every value of every field, several at once; problems with tails in M, N and K and more steps than stages
@@ -34,6 +35,11 @@ KERNELS: dict[str, tuple[KernelSpec, tuple[int, int, int]]] = {
     "published": (
         KernelSpec(Config(2, 256, 64, stages=6, barriers="separate", gate_first=3, collector=True, evict_first=True), "f16"),
         (256, 72, 2080),
+    ),
+    "static": (KernelSpec(Config(tile_n=64, stages=3, schedule="static"), "f16"), (300, 260, 544)),
+    "static, pair": (
+        KernelSpec(Config(2, 256, 64, stages=4, gate_first=2, collector=True, pdl=True, schedule="static"), "bf16"),
+        (300, 200, 800),
     ),
     "linear": (KernelSpec(Config(tile_n=256, stages=2), "f16", dual=False), (130, 264, 800)),
     "linear, pair": (KernelSpec(Config(2, 256, 64, stages=3, order="by_matrix"), "bf16", dual=False), (260, 90, 1056)),
@@ -55,7 +61,7 @@ def run(kernel: Exported, case: Case, **options: Any) -> tuple[Result, torch.Ten
     m, n = case.out_shape[-2:]
     batch = torch.Size(case.out_shape[:-2]).numel()
     out = np.full((batch, m + 2, n + 8), SENTINEL, np.uint16)
-    result, got = kernel.run(operands(case), out, **options)
+    result, got = kernel.run(operands(case), out, processors=PROCESSORS, **options)
     around = result.buffers["out"].copy()
     around[:, :m, :n] = SENTINEL
     assert (around == SENTINEL).all(), "written outside of C"

@@ -119,6 +119,7 @@ def test_problems_that_are_refused(problem: Problem | GroupedProblem, reason: st
     [
         ("ctas", 3, "ctas: expected 1 or a pair, 2, got 3"),
         ("stages", 0, "stages: expected a positive number, got 0"),
+        ("schedule", "clc", "schedule: expected one of one_wave, static, got clc"),
         ("gate_first", -1, "gate_first: expected a number of steps or 0, got -1"),
         ("order", "gate", "order: expected one of interleaved, by_matrix, got gate"),
         ("barriers", "none", "barriers: expected one of joint, separate, got none"),
@@ -141,12 +142,22 @@ def test_the_grid_covers_the_output(m: int, n: int, config: Config) -> None:
     assert (y - 1) * config.tile_n < n <= y * config.tile_n
 
 
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 3), st.integers(2, 148))
+def test_a_persistent_grid_is_one_wave(m: int, n: int, batch: int, processors: int) -> None:
+    config = Config(2, 256, 64, schedule="static")
+    x, y, z = config.grid(m, n, batch, processors)
+    whole = replace(config, schedule="one_wave").grid(m, n, batch)
+    assert (y, z) == (1, 1)
+    assert x % 2 == 0
+    assert x == min(processors // 2 * 2, whole[0] * whole[1] * whole[2])
+
+
 def test_names_and_keys_tell_kernels_apart() -> None:
     specs = [
         KernelSpec(replace(Config(), **{field: value}), out, dual, arch)
         for field, value in [
             ("stages", 4), ("stages", 3), ("tile_n", 64), ("tile_k", 128), ("order", "by_matrix"), ("barriers", "separate"), ("load_width", 8),
-            ("gate_first", 1), ("collector", True), ("evict_first", True), ("pdl", True),
+            ("gate_first", 1), ("collector", True), ("evict_first", True), ("pdl", True), ("schedule", "static"),
         ]
         for out in ("f16", "bf16")
         for dual in (True, False)

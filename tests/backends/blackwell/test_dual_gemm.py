@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from backends.blackwell.kernels import DEFAULTS, DTYPES, KERNELS, exchanged, operands, run
+from backends.blackwell.kernels import DEFAULTS, DTYPES, KERNELS, PROCESSORS, exchanged, operands, run
 from backends.blackwell.table import table, written
 from glu4.activation import IDENTITY, clamped_silu, swiglu_oai
 from glu4.backends.blackwell.config import Config, legal
 from glu4.backends.blackwell.emulation import Exported, export
 from glu4.backends.blackwell.spec import KernelSpec
 from glu4.compiled.cubin import resources
+from glu4.compiled.store import compile_missing, file_of, read
 from glu4.emulator.launch import load
 from glu4.errors import UnsupportedError
 from glu4.nvfp4 import NVFP4Tensor
@@ -81,10 +82,11 @@ def test_activations(kernels: dict[str, Exported], activation: Any) -> None:
     prove(kernels["n 32"], full_range_case(5, 32, 32, 256, activation=activation), SCHEDULES[:1])
 
 
-@pytest.mark.parametrize("name", ["n 32", "gate first", "linear"])
+@pytest.mark.parametrize("name", ["n 32", "gate first", "static, pair", "linear"])
 def test_batches_and_biases(kernels: dict[str, Exported], name: str) -> None:
-    """Two products with their own global scales and biases."""
-    case = full_range_case(10, 40, 40, 288, batch=2, bias=True, linear=not KERNELS[name][0].dual)
+    """Three products with their own global scales and biases, more than a persistent kernel's pairs."""
+    spec = KERNELS[name][0]
+    case = full_range_case(10, 40, 40, 288, batch=3, bias=True, linear=not spec.dual, out_dtype=DTYPES[spec.out])
     prove(kernels[name], case, SCHEDULES[2:3])
 
 
@@ -160,9 +162,9 @@ def test_resources(kernels: dict[str, Exported], name: str) -> None:
     assert stack == 0
     assert registers * 192 <= 65536
     case = full_range_case(1, m, n, k, linear=not spec.dual)
-    launch = kernel.launch(operands(case), torch.zeros(1, m, n, dtype=torch.int16).numpy())
+    launch = kernel.launch(operands(case), torch.zeros(1, m, n, dtype=torch.int16).numpy(), PROCESSORS)
     assert launch["dynamic_smem"] == c.shared_bytes(spec.weights)
-    assert tuple(launch["grid"]) == c.grid(m, n)
+    assert tuple(launch["grid"]) == c.grid(m, n, 1, PROCESSORS)
     assert launch.get("cluster", [1, 1, 1]) == [c.ctas, 1, 1]
     allocated = re.search(r"tcgen05\.alloc\S+\s+\[\S+\], (%\w+);", kernel.ptx)
     assert allocated is not None
@@ -214,6 +216,20 @@ def test_a_is_loaded_once(kernels: dict[str, Exported], name: str) -> None:
     assert sum(e.bytes == own for e in events) == steps * c.ctas * (3 if weight == own else 1)
 
 
+def test_compiled_for_the_cache(tmp_path: Path) -> None:
+    """As `glu4 compile` would: one file, found by its key, with what a launch has to know."""
+    spec = KERNELS["pair, n 64"][0]
+    assert compile_missing([spec], tmp_path) == 1
+    found = read(file_of(tmp_path, spec), spec)
+    assert found is not None
+    cubin, description = found
+    assert resources(cubin) == (description["registers"], 0)
+    assert (description["threads"], description["cluster"], description["pdl"]) == (192, [2, 1, 1], False)
+    assert description["shared_bytes"] == spec.config.shared_bytes()
+    assert description["params"].count(128) == 6  # tensor maps
+    assert compile_missing([spec], tmp_path) == 0
+
+
 def test_sm_103a(tmp_path: Path) -> None:
     """The same source compiles for the other architecture of the family, to the same instructions."""
     spec = replace(KERNELS["pair, n 64"][0], arch="sm_103a")
@@ -256,6 +272,7 @@ FAULTS = {
     "scales of A for gate": ("one CTA", r"(tcgen05\.mma.*), \[(%\w+)\], \[%\w+\]", r"\1, [\2], [\2]", None, "numbers"),
     "no wait for the kernel in front": ("n 32", r"griddepcontrol\.wait.*", "", None, "data race"),
     "gate's sums are not done": ("gate first", WAIT, PASSED, r"tcgen05\.ld", "data race"),
+    "no wait until the last tile's sums are read": ("static", WAIT, PASSED, r"tcgen05\.cp", "data race"),
     "gate's sum into up's": ("one CTA", r"(tcgen05\.mma\S+\s+\[%\w+)\]", r"\1+128]", None, "numbers"),
 }  # fmt: skip
 

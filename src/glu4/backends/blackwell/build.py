@@ -1,0 +1,104 @@
+"""Compile kernels with CuTe DSL, with no GPU: `python -m glu4.backends.blackwell.build SPECS_JSON OUTPUT [--export]`.
+
+A process of its own, because CuTe DSL takes its target from the environment (CUTE_DSL_ARCH) when it is imported, and so that
+importing glu4 never imports it. With --export the output holds PTX, cubin and CuTe DSL's host object, for the emulator.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from glu4.backends.blackwell.config import THREADS
+from glu4.backends.blackwell.spec import KernelSpec
+from glu4.compiled.cubin import resources
+from glu4.compiled.store import DSL_VERSION, write
+
+__all__ = ["compile_spec", "export", "main"]
+
+_PARAM = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.([a-z]+)(\d+)\s+[\w$]+(?:\[(\d+)\])?")
+
+
+def _param_sizes(ptx: str) -> list[int]:
+    """Bytes of each kernel parameter, in order."""
+    head = ptx[ptx.index(".entry") :]
+    listing = head[head.index("(") : head.index("\n)")]
+    return [int(bits) // 8 * int(count or 1) for _, bits, count in _PARAM.findall(listing)]
+
+
+def _compile(spec: KernelSpec, directory: str) -> Any:
+    """CuTe DSL's result, after its registers are looked at; raises RuntimeError for a kernel that spills."""
+    import cutlass
+    from cutlass import cute
+    from cutlass.cute.runtime import make_fake_stream, make_ptr
+
+    from glu4.backends.blackwell.dual_gemm import E2M1, E4M3, DualGemm
+
+    out = {"f16": cutlass.Float16, "bf16": cutlass.BFloat16}[spec.out]
+
+    def pointer(element: Any, align: int) -> Any:
+        return make_ptr(element, 0, cute.AddressSpace.gmem, assumed_align=align)
+
+    operands = [pointer(t, 16) for _ in range(3) for t in (E2M1, E4M3)]
+    floats_of = [pointer(cutlass.Float32, 4) for _ in range(5)]  # global scales and biases
+    integers, floats = [cutlass.Int32(0) for _ in range(6)], [cutlass.Float32(0.0) for _ in range(3)]
+    numbers = [cutlass.Int64(0), cutlass.Int64(0), integers[0], *floats, *integers[1:]]
+    made = cute.compile(
+        DualGemm(spec.config, out, spec.dual), *operands, *floats_of, pointer(out, 2), *numbers, make_fake_stream(),
+        options=f"--gpu-arch {spec.arch} --keep-ptx --keep-cubin --dump-dir={directory}",
+    )  # fmt: skip
+    registers, frame_bytes = resources(bytes(made.artifacts.CUBIN))
+    if frame_bytes:
+        raise RuntimeError(f"{spec.name}: {registers} registers and {frame_bytes} bytes of stack, expected no stack")
+    return made
+
+
+def compile_spec(spec: KernelSpec, directory: str) -> tuple[bytes, dict[str, Any]]:
+    """(cubin, description) of one kernel; `directory` takes the compiler's intermediate files."""
+    made = _compile(spec, directory)
+    cubin, ptx = bytes(made.artifacts.CUBIN), made.artifacts.PTX
+    entry = re.search(r"\.entry\s+([\w$]+)\s*\(", ptx)
+    assert entry is not None
+    description = {
+        "spec": spec.to_dict(),
+        "entry": entry.group(1),
+        "params": _param_sizes(ptx),
+        "threads": THREADS,
+        "cluster": [spec.config.ctas, 1, 1],
+        "shared_bytes": spec.config.shared_bytes(spec.weights),
+        "registers": resources(cubin)[0],
+        "pdl": spec.config.pdl,
+        "tool": f"nvidia-cutlass-dsl {DSL_VERSION}",
+    }
+    return cubin, description
+
+
+def export(spec: KernelSpec, directory: Path) -> None:
+    """Write NAME.ptx, NAME.cubin, and NAME.o with NAME.h, the host function as glu4.emulator.capture takes it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        made = _compile(spec, scratch)
+        made.export_to_c(file_path=str(directory), file_name=spec.name, function_prefix=spec.name)
+        (directory / f"{spec.name}.ptx").write_text(made.artifacts.PTX)
+        (directory / f"{spec.name}.cubin").write_bytes(bytes(made.artifacts.CUBIN))
+
+
+def main() -> None:
+    """Compile the specs listed in a JSON file into a directory; one line of progress each on stdout."""
+    specs = [KernelSpec.from_dict(d) for d in json.loads(Path(sys.argv[1]).read_text())]
+    for spec in specs:
+        if sys.argv[3:] == ["--export"]:
+            export(spec, Path(sys.argv[2]))
+        else:
+            with tempfile.TemporaryDirectory() as scratch:
+                cubin, description = compile_spec(spec, scratch)
+            write(Path(sys.argv[2]), spec, cubin, description)
+        print(spec.name, flush=True)
+
+
+if __name__ == "__main__":
+    main()
