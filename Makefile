@@ -57,6 +57,7 @@ bench-cpu: $(VENV)/.base
 
 figures: $(VENV)/.base
 	$(BIN)/python docs/figures.py
+	$(BIN)/python docs/timeline_figure.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis report.html
