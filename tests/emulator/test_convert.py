@@ -159,6 +159,26 @@ def test_small_formats() -> None:
     assert op("cvt.rna.tf32.f32 %d, %a;", "b32", ("f32", np.array([1 + 2.0**-11], np.float32))).tolist() == [0x3F802000]
 
 
+def test_saturation_from_integers() -> None:
+    a = ("s32", [-7, 0, 1, 300])
+    assert op("cvt.rn.sat.f16.s32 %d, %a;", "b16", a).tolist() == [0, 0, 0x3C00, 0x3C00]
+    assert op("cvt.rz.sat.f64.s32 %d, %a;", "f64", a).tolist() == [0, 0, 0x3FF << 52, 0x3FF << 52]
+
+
+def test_what_is_left_of_a_nan() -> None:
+    wide = ("b64", [0xFFF0000000000001, 0x7FFC123456789ABC])
+    assert op("cvt.rn.f32.f64 %d, %a;", "f32", wide).tolist() == [0xFFC00000, 0x7FE091A2]
+    assert op("cvt.rz.f16.f64 %d, %a;", "b16", wide).tolist() == [0xFE00, 0x7F04]
+    assert op("cvt.rn.bf16.f64 %d, %a;", "b16", wide).tolist() == [0xFFC0, 0x7FE0]
+    assert op("cvt.f32.bf16 %d, %a;", "f32", ("b16", [0xFF81])).tolist() == [0xFF810000]
+    assert op("cvt.ftz.f32.bf16 %d, %a;", "f32", ("b16", [0xFF81])).tolist() == [0x7FFFFFFF]
+    assert op("cvt.f64.f16 %d, %a;", "f64", ("b16", [0xFC01])).tolist() == [0xFFF8040000000000]
+    single = ("b32", [0xFF812345])
+    assert op("cvt.ftz.f64.f32 %d, %a;", "f64", single).tolist() == [0x7FFFFFFFE0000000]
+    assert op("cvt.rna.tf32.f32 %d, %a;", "b32", single).tolist() == [0xFF812000]
+    assert op("cvt.rn.tf32.f32 %d, %a;", "b32", single).tolist() == [0x7FFFE000]
+
+
 def test_pack() -> None:
     a, b = [300, -300, 5, -5], [1, 2, 70000, -70000]
     assert op("cvt.pack.sat.u8.s32.b32 %d, %a, %b, 0xABCD1234;", "b32", ("s32", a), ("s32", b)).tolist() == [

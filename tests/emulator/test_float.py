@@ -136,12 +136,16 @@ def test_min_and_max() -> None:
     same(op("max.f32 %d, %a, %b, %c;", "f32", ("f32", c), ("f32", d), ("f32", -c)), np.array([5, 3, 2], dtype=np.float32))
 
 
-def test_sign_instructions_keep_payloads() -> None:
+def test_sign_instructions() -> None:
+    """A NaN becomes the canonical one, in float64 a quiet one of its own sign."""
     a = np.array([0x7FC12345, 0xFFA00001, 0x80000000, 0x3F800000], dtype=np.uint32)
-    assert op("neg.f32 %d, %a;", "f32", ("b32", a)).tolist() == [v ^ 1 << 31 for v in a.tolist()]
-    assert op("abs.f32 %d, %a;", "f32", ("b32", a)).tolist() == [v & 0x7FFFFFFF for v in a.tolist()]
-    assert op("neg.f16x2 %d, %a;", "b32", ("b32", a)).tolist() == [v ^ 0x80008000 for v in a.tolist()]
-    assert op("abs.bf16 %d, %a;", "b16", ("b16", [0x8001, 0x7FC0])).tolist() == [1, 0x7FC0]
+    assert op("neg.f32 %d, %a;", "f32", ("b32", a)).tolist() == [NAN, NAN, 0, 0xBF800000]
+    assert op("abs.f32 %d, %a;", "f32", ("b32", a)).tolist() == [NAN, NAN, 0, 0x3F800000]
+    assert op("neg.f16x2 %d, %a;", "b32", ("b32", a)).tolist() == [0x7FFFA345, 0x7FFF8001, 0x00008000, 0xBF808000]
+    assert op("abs.bf16 %d, %a;", "b16", ("b16", [0x8001, 0x7FC0])).tolist() == [1, 0x7FFF]
+    assert op("abs.ftz.f16 %d, %a;", "b16", ("b16", [0x8001, 0x8400, 0xFC01])).tolist() == [0, 0x0400, 0x7FFF]
+    wide = [0xFFF0000000000001, 0x7FF8000000000005, 0x8000000000000000]
+    assert op("neg.f64 %d, %a;", "f64", ("b64", wide)).tolist() == [0xFFF8000000000001, 0x7FF8000000000005, 0]
     assert op("copysign.f32 %d, %a, %b;", "f32", ("b32", a), ("b32", [0x3F800000] * 4)).tolist() == [
         0xBF800000 & (v | 0x7FFFFFFF) if v >> 31 else 0x3F800000 for v in a.tolist()
     ]
@@ -154,11 +158,57 @@ def test_testp() -> None:
         "infinite": "00010",
         "number": "11110",
         "notanumber": "00001",
-        "normal": "00100",
+        "normal": "10100",
         "subnormal": "01000",
     }
     for word, bits in expected.items():
         assert op(f"testp.{word}.f32 %d, %a;", "pred", ("b32", a)).tolist() == [int(c) for c in bits], word
+
+
+def test_float64_nans_are_inherited() -> None:
+    """In an H100's order of precedence, made quiet; an invalid operation gives its own."""
+    x, y, z, one = 0x7FF0000000000001, 0xFFF8000000000002, 0x7FF8000000000003, 0x3FF0000000000000
+    quiet = x | 1 << 51
+    a, b = ("b64", [x, one, x, y]), ("b64", [y, x, one, x])
+    for word in ("add.rn", "sub.rz", "mul.rm", "min", "max"):
+        numbers = [one, one] if word in ("min", "max") else [quiet, quiet]
+        assert op(f"{word}.f64 %d, %a, %b;", "f64", a, b).tolist() == [y, *numbers, quiet], word
+    assert op("div.rn.f64 %d, %a, %b;", "f64", a, b).tolist() == [quiet, quiet, quiet, y]
+    triples = [("b64", v) for v in ([x, x, one], [y, one, one], [z, z, x])]
+    assert op("fma.rn.f64 %d, %a, %b, %c;", "f64", *triples).tolist() == [y, z, quiet]
+    infinity = 0x7FF0000000000000
+    assert op("sub.f64 %d, %a, %a;", "f64", ("b64", [infinity])).tolist() == [0xFFF8000000000000]
+
+
+def test_float64_sums_that_cancel_downwards_are_negative_zero() -> None:
+    values = [("f64", np.array(v)) for v in ([1.0, -0.0, 2.0**-1074], [-1.0, 1.0, 2.0**-1074], [1.0, 0.0, -0.0])]
+    assert op("fma.rm.f64 %d, %a, %b, %c;", "f64", *values).tolist() == [1 << 63, 1 << 63, 0]
+    assert op("fma.rn.f64 %d, %a, %b, %c;", "f64", *values).tolist() == [0, 0, 0]
+
+
+def test_results_are_flushed_before_their_exponent_is_limited() -> None:
+    """2^-126 (1 - 2^-24) has 24 bits below the normal numbers, though a subnormal number would be rounded up; (1 - 2^-26) has not."""
+    a, b = np.array([2.0**-63 * (1 - 2.0**-24)] * 2, np.float32), np.array([2.0**-63, -(2.0**-63)], np.float32)
+    zero = np.zeros(2, np.float32)
+    assert op("mul.rn.f32 %d, %a, %b;", "f32", ("f32", a), ("f32", b)).tolist() == [0x00800000, 0x80800000]
+    assert op("mul.rn.ftz.f32 %d, %a, %b;", "f32", ("f32", a), ("f32", b)).tolist() == [0, 0x80000000]
+    assert op("fma.rn.ftz.f32 %d, %a, %b, %c;", "f32", ("f32", a), ("f32", b), ("f32", zero)).tolist() == [0, 0x80000000]
+    # a product of two 24-bit numbers at most 2^-26 of itself below 2^47: rounded to 24 bits it is 2^-126 again
+    near, other = next((n, (1 << 47) // n) for n in range(11863283, 1 << 24) if 0 < (1 << 47) % n < 1 << 21)
+    pair = [("f32", np.array([v * 2.0**e], np.float32)) for v, e in ((near, -86), (other, -87))]
+    assert op("mul.rn.ftz.f32 %d, %a, %b;", "f32", *pair).tolist() == [0x00800000]
+    assert op("mul.rn.ftz.f16 %d, %a, %b;", "b16", ("b16", [0x8400]), ("b16", [0x3BFF])).tolist() == [0x8000]
+
+
+def test_fma_oob() -> None:
+    """The NaN that TMA fills with, of either sign, makes the result zero as a factor; others do not, nor does an addend."""
+    outside, minus, one, nan = 0x7FF7, 0xFFF7, 0x3F80, 0x7FFF
+    zero = [(outside, one, one), (one, outside, one), (minus, one, nan), (nan, minus, outside)]
+    not_zero = [(nan, one, one), (one, nan, one), (one, one, outside), (one, one, minus), (0x7FF6, 0x7FF8, one)]
+    triples = [("b16", list(v)) for v in zip(*zero, *not_zero)]
+    assert op("fma.rn.oob.bf16 %d, %a, %b, %c;", "b16", *triples).tolist() == [0] * len(zero) + [nan] * len(not_zero)
+    packed = [("b32", [v]) for v in (outside << 16 | 0x3C00, 0x3C003C00, 0x3C003C00)]
+    assert op("fma.rn.oob.relu.f16x2 %d, %a, %b, %c;", "b32", *packed).tolist() == [0x4000]
 
 
 # halves

@@ -187,9 +187,9 @@ def boxes(draw: st.DrawFn) -> tuple[TensorMap, list[int]]:
         x = 128 * draw(st.integers(-1, 3))
     else:
         span = SWIZZLES[swizzle][2] or 16 * draw(st.integers(1, 4))
-        inner = span * 8 // bits
+        inner = draw(st.integers(1, span // 16)) * 128 // bits
         shape0 = draw(st.integers(1, 3 * inner // 2)) * (2 if bits == 4 else 1)
-        x = draw(st.integers(-inner - 1, shape0)) // 2 * 2
+        x = draw(st.integers(-inner * bits // 128 - 1, shape0 * bits // 128)) * 128 // bits
     rank = draw(st.integers(1, 5))
     shape = [shape0, *(draw(st.integers(1, 9)) for _ in range(rank - 1))]
     box = [inner, *(draw(st.integers(1, 5)) for _ in range(rank - 1))]
@@ -218,11 +218,13 @@ def elements(t: TensorMap, coordinates: list[int]) -> list[tuple[int, int | None
     """(bit position in the unswizzled box, bit position in global memory or None) of each element of a box, by its definition."""
     out = []
     slot = 8 if t.element_type == "16u4_align16b" else t.bits
+    span = 8 * SWIZZLES[t.swizzle][2]
     sizes = [-(-size // (step if i else 1)) for i, (size, step) in enumerate(zip(t.box_shape, t.element_strides))]
     for n, index in enumerate(product(*(range(size) for size in reversed(sizes)))):
         at = [c + i * (step if d else 1) for d, (c, i, step) in enumerate(zip(coordinates, reversed(index), t.element_strides))]
         inside = all(0 <= a < size for a, size in zip(at, t.global_shape))
-        where = n * slot
+        row, column = divmod(n, sizes[0])
+        where = row * max(sizes[0] * slot, span) + column * slot  # a narrower row leaves the rest of the span alone
         if t.element_type == "16u4_align16b":  # sixteen packed, then 8 bytes of padding
             where = n // 16 * 128 + n % 16 * 4
         base = 8 * (t.address + sum(a * stride for a, stride in zip(at[1:], t.global_strides))) + at[0] * t.bits
@@ -231,7 +233,7 @@ def elements(t: TensorMap, coordinates: list[int]) -> list[tuple[int, int | None
 
 
 def nan_bits(kind: str) -> int:
-    return {"f16": 0x7FFF, "bf16": 0x7FFF, "f32": 0x7FFFFFFF}[kind]
+    return {"f16": 0x7FF7, "bf16": 0x7FF7, "f32": 0x7FF77FF7}[kind]  # an H100's
 
 
 @settings(max_examples=300, deadline=None)
@@ -264,16 +266,20 @@ def test_loads_equal_a_loop_over_elements(box: tuple[TensorMap, list[int]], plac
 
 
 @settings(max_examples=200, deadline=None)
-@given(boxes().filter(lambda b: b[0].element_type != "16u4_align16b"), st.integers(0, 2**32 - 1))
-def test_stores_equal_a_loop_over_elements(box: tuple[TensorMap, list[int]], seed: int) -> None:
+@given(boxes().filter(lambda b: b[0].element_type != "16u4_align16b"), st.integers(0, 2**32 - 1), st.booleans())
+def test_stores_equal_a_loop_over_elements(box: tuple[TensorMap, list[int]], seed: int, reduces: bool) -> None:
+    """A store writes pieces of 16 bytes whole, as if the tensor's rows ended there; the elements of a reduction end with it."""
     t, coordinates = box
+    coordinates = [max(c, 0) for c in coordinates]
     shared = np.random.default_rng(seed).integers(0, 256, t.shared_bytes + 1024, dtype=np.uint8)
-    rows = store_box(t, coordinates, 0, lambda addresses: shared[addresses[:, None] + np.arange(8)])
+    rows = store_box(t, coordinates, 0, lambda addresses: shared[addresses[:, None] + np.arange(8)], reduces)
     got = {}
     for address, row in zip(rows.addresses.tolist(), rows.data):
         got.update({address + i: value for i, value in enumerate(row.tolist())})
     expected: dict[int, int] = {}
-    for bit, target in elements(t, coordinates):
+    piece = 128 // t.bits
+    written = t if reduces else replace(t, global_shape=(-(-t.global_shape[0] // piece) * piece, *t.global_shape[1:]))
+    for bit, target in elements(written, coordinates):
         if target is not None:
             byte = int(swizzle_address(t.swizzle, np.array(bit // 8)))
             for i in range(max(t.bits // 8, 1)):
@@ -287,7 +293,7 @@ def test_nothing_is_read_where_no_element_is_inside() -> None:
     assert units.transaction_bytes == 1024
     assert (
         load_box(replace(PLAIN, oob_fill="nan"), [256, 0], 0, lambda *_: pytest.fail("read")).data.view(np.uint16).min()
-        == 0x7FFF
+        == 0x7FF7
     )
 
 
@@ -296,7 +302,8 @@ def test_nothing_is_read_where_no_element_is_inside() -> None:
     [
         (PLAIN, [0], 0, "coordinates: 1 given for a tensor map of rank 2"),
         (PLAIN, [0, 0], 64, "shared address: 0x40 is not a multiple of 128"),
-        (replace(PLAIN, box_shape=(32, 8)), [0, 0], 0, r"a row of 64 bytes in swizzle 128B \(128 bytes\) is not modelled"),
+        (PLAIN, [12, 0], 0, "the first is 12; f16 needs a multiple of 8"),
+        (replace(PLAIN, element_type="f32", box_shape=(32, 8)), [-2, 0], 0, "the first is -2; f32 needs a multiple of 4"),
         (replace(PLAIN, element_type="tf32", box_shape=(32, 8)), [0, 0], 0, "copies of tf32 are not modelled"),
         (
             TensorMap(0, "f16", (8, 8, 8), (32, 256), (8, 8, 1), (1, 1, 1), interleave="16B"),
@@ -308,7 +315,7 @@ def test_nothing_is_read_where_no_element_is_inside() -> None:
             replace(PLAIN, element_type="16u4_align8b", box_shape=(256, 8)),
             [3, 0],
             0,
-            "is 3; 16u4_align8b needs a multiple of 2",
+            "is 3; 16u4_align8b needs a multiple of 32",
         ),
         (replace(PLAIN, element_type="16u4_align16b", box_shape=(128, 8)), [64, 0], 0, "needs a multiple of 128"),
     ],
@@ -318,6 +325,14 @@ def test_copies_refuse_what_the_instruction_may_not_have(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         load_box(tensor_map, coordinates, address, lambda a, n: np.zeros((len(a), n), np.uint8))
+
+
+@pytest.mark.parametrize("coordinates", [[-8, 0], [0, -1]])
+def test_stores_refuse_negative_coordinates(coordinates: list[int]) -> None:
+    units = load_box(PLAIN, coordinates, 0, lambda a, n: np.ones((len(a), n), np.uint8))  # loads may have them
+    assert 0 < np.count_nonzero(units.data) < units.data.size
+    with pytest.raises(ValueError, match=r"coordinates: \(-?\d, -?\d\) has a negative one; a store or reduction may not"):
+        store_box(PLAIN, coordinates, 0, lambda a: np.zeros((len(a), 8), np.uint8))
 
 
 def test_padded_elements_cannot_be_stored() -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "KNOWN",
     "LOAD",
     "PER_WARP",
+    "PREVIOUS_GRID",
     "STORE",
     "STREAM",
     "TENSOR",
@@ -45,6 +46,8 @@ ACQUIRED = 5  # KNOWN and ASYNC that relaxed loads have seen, for the next acqui
 BEFORE = 7  # completed tcgen05 operations that tcgen05.fence::before_thread_sync has yet to order
 _ROWS = 8
 
+PREVIOUS_GRID = 0  # the first entity of every cluster: the grid in front, at time 1 once griddepcontrol.wait has returned
+
 # entities of a warp
 GENERIC, INIT, STREAM, LOAD, STORE, WGMMA, COPY, BULK_READ, BULK_WRITE, ALLOC = range(10)
 PER_WARP = 10
@@ -55,18 +58,27 @@ Message = NDArray[Any]  # [2, entities]: KNOWN and ASYNC as they travel from a r
 class Clock:
     """Rows by entities. Vectors may be shorter than the number of entities: the rest is zero."""
 
-    __slots__ = ("foreign", "rows")
+    __slots__ = ("_known", "foreign", "rows")
 
     def __init__(self, rows: NDArray[Any], foreign: dict[int, Message] | None = None) -> None:
         self.rows = rows
         self.foreign = foreign  # knowledge of other clusters
+        self._known: NDArray[Any] | None = None
 
     @classmethod
     def new(cls, entities: int) -> Clock:
         return cls(np.zeros((_ROWS, entities), dtype=np.int32))
 
     def copy(self) -> Clock:
-        return Clock(self.rows.copy(), dict(self.foreign) if self.foreign else None)
+        copy = Clock(self.rows.copy(), dict(self.foreign) if self.foreign else None)
+        copy._known = self._known
+        return copy
+
+    def known(self) -> NDArray[Any]:
+        """KNOWN as it was when this clock last learned of others; its owner's own time may be older. Not to be changed."""
+        if self._known is None:
+            self._known = self.rows[KNOWN].copy()
+        return self._known
 
     def fit(self, entities: int) -> NDArray[Any]:
         """The rows, at least that long."""
@@ -80,12 +92,14 @@ class Clock:
         mine = self.fit(other.rows.shape[1])
         part = mine[:, : other.rows.shape[1]]
         np.maximum(part, other.rows, out=part)
+        self._known = None
         self.merge_foreign(other.foreign)
 
     def intersect(self, other: Clock) -> None:
         """Keep only what another part knows too."""
         size = min(self.rows.shape[1], other.rows.shape[1])
         self.rows = np.minimum(self.rows[:, :size], other.rows[:, :size])
+        self._known = None
 
     def merge_foreign(self, foreign: dict[int, Message] | None) -> None:
         if not foreign:
@@ -99,6 +113,13 @@ class Clock:
         size = message.shape[1]
         part = self.fit(size)[row : row + 2, :size]
         np.maximum(part, message, out=part)
+        self._known = None
+
+    def acquire_fence(self) -> None:
+        """What relaxed loads and waits have seen is known from here on."""
+        rows = self.rows
+        np.maximum(rows[KNOWN : KNOWN + 2], rows[ACQUIRED : ACQUIRED + 2], out=rows[KNOWN : KNOWN + 2])
+        self._known = None
 
     def message(self, row: int = KNOWN) -> Message:
         return self.rows[row : row + 2].copy()
@@ -106,6 +127,7 @@ class Clock:
     def know(self, entity: int, time: int) -> None:
         """Something completed and is visible in both proxies."""
         rows = self.fit(entity + 1)
+        self._known = None
         if rows[KNOWN, entity] < time:
             rows[KNOWN, entity] = time
         if rows[ASYNC, entity] < time:

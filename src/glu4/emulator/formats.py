@@ -208,10 +208,7 @@ def encode(name: str, values: ArrayLike, rounding: Rounding = "rn", *, satfinite
     if relu:
         code = np.where(sign != 0, 0, code)
         sign = np.zeros_like(sign)
-    # canonical NaNs have every register bit below the sign set, tf32's low bits too
-    low = (1 << fmt.low_zeros) - 1
-    result = ((code | sign) << fmt.low_zeros) | np.where(np.isnan(x), low, 0)
-    return result.astype(np.uint32)
+    return ((code | sign) << fmt.low_zeros).astype(np.uint32)
 
 
 def _overflow(

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Access", "Hazard", "Monitor", "Origin"]
 
-UNWRITTEN, HOST = 0, 1  # the first two records
+UNWRITTEN, HOST, PREVIOUS = 0, 1, 2  # the first records; PREVIOUS: the grid in front, which griddepcontrol.wait waits for
 STRONG, VIA_ASYNC, VIA_TENSOR = 1, 2, 4  # flags of a record
+_OWN_READS = 16  # reads of a byte by one warp that are kept since its lanes last met: a loop may hold any number
 Index = NDArray[Any] | slice | tuple[Any, Any]  # of units, of bytes, or of a block of two dimensions
 
 
@@ -73,7 +74,7 @@ class Origin(NamedTuple):
     lanes: NDArray[Any] | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Record:
     origin: Origin
     block: Block
@@ -81,6 +82,9 @@ class _Record:
     unit: int
     flags: int
     number: int
+    time: int  # of its entity
+    issued: tuple[int, int] | None  # of an asynchronous operation: the entity and time of its issue
+    knew: NDArray[Any] | None = None  # what its thread knew of others then, or at the issue
 
 
 class Monitor:
@@ -93,9 +97,10 @@ class Monitor:
         self.entity = np.zeros(1 << 12, dtype=np.int32)
         self.time = np.zeros(1 << 12, dtype=np.int32)
         self.cluster = np.full(1 << 12, -1, dtype=np.int32)
-        self.records: list[_Record | None] = [None, None]
-        self.sets: list[tuple[int, ...]] = [()]
-        self.set_of: dict[tuple[int, ...], int] = {(): 0}
+        self.time[PREVIOUS] = 1  # of entity 0, which is the grid in front in every cluster
+        self.records: list[_Record | None] = [None, None, None]
+        self.sets: list[tuple[int, ...]] = [(), (PREVIOUS,)]
+        self.set_of: dict[tuple[int, ...], int] = {(): 0, (PREVIOUS,): 1}
 
     # reports
 
@@ -120,7 +125,14 @@ class Monitor:
 
     # records
 
-    def record(self, origin: Origin, entity: int, time: int, block: Block, index: Index, unit: int, flags: int) -> int:
+    def depends(self, block: Block) -> None:
+        """Note that the grid in front may still write and read a buffer until griddepcontrol.wait."""
+        if block.writes.size:
+            block.writes[block.writes == HOST] = PREVIOUS
+            block.reads[:] = self.set_of[(PREVIOUS,)]
+
+    def record(self, origin: Origin, entity: int, time: int, block: Block, index: Index, unit: int, flags: int,
+               issued: tuple[int, int] | None = None) -> int:  # fmt: skip
         number = len(self.records)
         if number == self.entity.size:
             self.entity = np.concatenate((self.entity, np.zeros_like(self.entity)))
@@ -129,7 +141,7 @@ class Monitor:
         self.entity[number] = entity
         self.time[number] = time
         self.cluster[number] = origin.warp.cta.cluster.number
-        self.records.append(_Record(origin, block, index, unit, flags, number))
+        self.records.append(_Record(origin, block, index, unit, flags, number, time, issued))
         return number
 
     def generic(self, split: Split, instruction: Instruction, block: Block, index: Index, unit: int,
@@ -150,6 +162,7 @@ class Monitor:
         """Check a record against the shadow and enter it. row: how earlier writes must be known (KNOWN or ASYNC)."""
         record = self.records[number]
         assert record is not None
+        record.knew = clock.known()
         block, index, unit = record.block, record.index, record.unit
         if isinstance(index, slice | tuple):
             writes, reads = block.writes[index], block.reads[index]
@@ -186,7 +199,7 @@ class Monitor:
         entities = self.entity[writes]
         known = rows[row][entities] >= self.time[writes]
         near = self.cluster[writes] == warp.cta.cluster.number
-        known &= near | (writes <= HOST)
+        known &= near | (writes <= PREVIOUS)
         if record.flags & (VIA_ASYNC | VIA_TENSOR) == 0:  # lanes of one warp have to be in step, too
             known &= ~(near & (entities == warp.entity) & (writes > warp.synced))
         suspects = set(writes[~known].tolist())
@@ -202,7 +215,7 @@ class Monitor:
         cluster = record.origin.warp.cta.cluster
         rows = clock.fit(cluster.entities)
         entity, owner = int(self.entity[number]), int(self.cluster[number])
-        if owner != cluster.number:
+        if owner != cluster.number and number > PREVIOUS:
             message = (clock.foreign or {}).get(owner)
             return (
                 message is not None
@@ -214,6 +227,9 @@ class Monitor:
     def _check_one(self, record: _Record, number: int, clock: Clock, row: int, now: str, then: str,
                    same: Callable[[], bool] | None = None) -> None:  # fmt: skip
         """A record against one earlier record; reports what is missing between them."""
+        if number == PREVIOUS:
+            self._check_previous(record, clock, row, now)
+            return
         other = self.records[number]
         if other is None or number == record.number:
             return
@@ -237,8 +253,22 @@ class Monitor:
             self.report("missing proxy fence", f"{now} through the async proxy of what was {then} through the generic proxy, "
                         "with no fence.proxy.async between", record.origin, address, lane, against)  # fmt: skip
             return
+        for operation, access in ((other, record), (record, other)):
+            if _follows_issue(operation, access):
+                wait = _completion(operation.origin.instruction)
+                message = f"{now} of bytes that were {then}, with no wait ({wait}) between the operation's issue and the access"
+                self.report("missing wait", message, record.origin, address, lane, against)
+                return
         self.report("data race", f"{now} of bytes that were {then}, with nothing to order the two",
                     record.origin, address, lane, against)  # fmt: skip
+
+    def _check_previous(self, record: _Record, clock: Clock, row: int, now: str) -> None:
+        """A record against the grid in front."""
+        if self._knows(record, PREVIOUS, clock, row):
+            return
+        offset = int(_bytes(record)[0])
+        self.report("data race", f"{now} of a buffer of the grid in front, with no griddepcontrol.wait before",
+                    record.origin, record.block.place(offset), self._lane(record, offset))  # fmt: skip
 
     def _in_step(self, record: _Record, other: _Record) -> bool:
         """Whether two accesses that the warp's clock orders cannot be of different lanes out of step."""
@@ -289,13 +319,16 @@ class Monitor:
         """The set `old` with this record, without those it makes superfluous; at most one of other clusters."""
         mine = record.origin.warp.cta.cluster.number
         kept: list[int] = []
+        own: list[int] = []  # earlier reads of the same warp, which matter for races between its lanes only
         foreign = 0
         for number in self.sets[old]:
             if self.cluster[number] != mine:
                 foreign = number
-            elif not self._knows(record, number, clock, KNOWN) or not self._covered(record, number):
+            elif not self._knows(record, number, clock, KNOWN):
                 kept.append(number)
-        members = (*((foreign,) if foreign else ()), *kept, record.number)
+            elif not self._covered(record, number):
+                own.append(number)
+        members = (*((foreign,) if foreign else ()), *kept, *own[-_OWN_READS:], record.number)
         found = self.set_of.get(members)
         if found is None:
             found = self.set_of[members] = len(self.sets)
@@ -332,6 +365,33 @@ class Monitor:
         self.report(
             "uninitialised read", "read of memory that nothing wrote", record.origin, address, self._lane(record, offset)
         )
+
+
+def _follows_issue(operation: _Record, access: _Record) -> bool:
+    """Whether an access comes after the issue of an asynchronous operation of its cluster, in causality order."""
+    mine, its = access.origin.warp, operation.origin.warp
+    if operation.issued is None or mine.cta.cluster is not its.cta.cluster:
+        return False
+    entity, time = operation.issued
+    if mine is its:
+        return (access.issued or (entity, access.time))[1] > time
+    return access.knew is not None and entity < access.knew.size and int(access.knew[entity]) > time
+
+
+_COMPLETIONS = (
+    ("tcgen05.ld", "tcgen05.wait::ld"),
+    ("tcgen05.st", "tcgen05.wait::st"),
+    ("tcgen05", "the mbarrier of a tcgen05.commit after it"),
+    ("wgmma", "wgmma.wait_group"),
+    ("bulk_group", "cp.async.bulk.wait_group"),
+    ("complete_tx", "its mbarrier"),
+    ("cp.async", "cp.async.wait_group"),
+)
+
+
+def _completion(instruction: Instruction) -> str:
+    """What an asynchronous operation's completion is waited for with."""
+    return next((wait for word, wait in _COMPLETIONS if word in instruction.name), "its completion mechanism")
 
 
 def bits(record: _Record) -> bytes:

@@ -17,6 +17,7 @@ KINDS: dict[str, tuple[dict[int, str], int]] = {
     "f16": ({0: "f16", 1: "bf16"}, 16),
     "tf32": ({2: "tf32"}, 8),
     "f8f6f4": (_F8F6F4, 32),
+    "i8": ({0: "u8", 1: "s8"}, 32),
     "mxf8f6f4": (_F8F6F4, 32),
     "mxf4": ({1: "e2m1"}, 64),
     "mxf4nvf4": ({1: "e2m1"}, 64),
@@ -29,12 +30,15 @@ _SCALE_VECTORS = {
     "mxf4": ("scale_vec::2X", "block32"),
     "mxf4nvf4": ("scale_vec::2X", "scale_vec::4X", "block16", "block32"),
 }
-_BITS = {"f16": 16, "bf16": 16, "tf32": 32, "e4m3": 8, "e5m2": 8, "e2m3": 6, "e3m2": 6, "e2m1": 4}
+_BITS = {"f16": 16, "bf16": 16, "tf32": 32, "u8": 8, "s8": 8, "e4m3": 8, "e5m2": 8, "e2m3": 6, "e3m2": 6, "e2m1": 4}
 
 
 @dataclass(frozen=True)
 class InstructionDescriptor:
-    """A decoded descriptor. `scales` (per row and instruction), `scale_type` and the ids are 0, "" and 0 without scaling."""
+    """A decoded descriptor. `scales` (per row and instruction), `scale_type` and the ids are 0, "" and 0 without scaling.
+
+    saturate: of kind::i8. stationary: weight-stationary, tcgen05.mma.ws.
+    """
 
     kind: str
     m: int
@@ -51,6 +55,8 @@ class InstructionDescriptor:
     scale_type: str = ""
     a_scale_id: int = 0
     b_scale_id: int = 0
+    saturate: bool = False
+    stationary: bool = False
 
     @property
     def scale_block(self) -> int:
@@ -101,14 +107,22 @@ def _majors(r: _Reader, a: str, b: str) -> tuple[Major, Major]:
     return majors[0], majors[1]
 
 
+def _check_stationary(r: _Reader, m: int, n: int) -> None:
+    for name, value, possible in (("M", m, (32, 64, 128)), ("N", n, (64, 128, 256))):
+        if value not in possible:
+            raise r.fail(f"{name} {value} is not possible for .ws; possible are {', '.join(map(str, possible))}")
+
+
 def _check_shape(r: _Reader, m: int, n: int, b: str, b_major: Major, cta_group: int) -> None:
     scaled = r.kind in BLOCK_SCALED
     possible = {1: (128,) if scaled else (64, 128), 2: (128, 256)}[cta_group]
     if m not in possible:
         raise r.fail(f"M {m} is not possible for cta_group::{cta_group}; possible are {', '.join(map(str, possible))}")
     step = 8 * cta_group
-    if b_major == "MN" and _BITS[b] == 8:
+    if r.kind == "i8" and (cta_group == 2 or n > 32):
         step *= 2
+    if b_major == "MN" and _BITS[b] == 8:
+        step = 16 * cta_group
     if n % step or not step <= n <= 256:
         raise r.fail(f"N {n} is not possible for cta_group::{cta_group}; it is {step} to 256 in steps of {step}")
 
@@ -123,11 +137,13 @@ def _scale_vector(r: _Reader, scale_vector: str) -> int:
     return _SCALES[given]
 
 
-def decode_instruction(bits: int, kind: str, cta_group: int, scale_vector: str = "") -> InstructionDescriptor:
-    """The descriptor of a dense `tcgen05.mma.cta_group::G.kind::KIND`, with the instruction's scale vector qualifier, if any.
+def decode_instruction(
+    bits: int, kind: str, cta_group: int, scale_vector: str = "", stationary: bool = False
+) -> InstructionDescriptor:
+    """The descriptor of a dense `tcgen05.mma{.ws}.cta_group::G.kind::KIND`, with the scale vector qualifier, if any.
 
-    `scale_vector` is "block16", "block32" or "scale_vec::NX". Raises ValueError naming the field for a malformed descriptor
-    and for what is not modelled: kind::i8, sparse matrices, K = 96.
+    `scale_vector` is "block16", "block32" or "scale_vec::NX". `stationary`: .ws. Raises ValueError naming the field for a
+    malformed descriptor and for what is not modelled: sparse matrices, K = 96, the shift of .ws.
     """
     if kind not in KINDS:
         raise ValueError(f"instruction descriptor: kind::{kind} is not modelled; modelled are {', '.join(KINDS)}")
@@ -140,18 +156,25 @@ def decode_instruction(bits: int, kind: str, cta_group: int, scale_vector: str =
         return _decode_scaled(r, cta_group, scale_vector)
     if scale_vector:
         raise r.fail(f"scale vector size {scale_vector!r} is given, but this kind has no scales")
-    r.zero((0, 2, "sparsity selector"), (3, 1, "saturate"), (6, 1, "reserved"), (23, 1, "reserved"), (29, 1, "reserved"))
-    r.zero((30, 2, "maximum shift"))
+    integer = kind == "i8"
+    r.zero((0, 2, "sparsity selector"), (6, 1, "reserved"), (23, 1, "reserved"), (29, 1, "reserved"), (30, 2, "maximum shift"))
+    r.zero((13, 2, "negation")) if integer else r.zero((3, 1, "saturate"))
     a, b = _operands(r, 3)
     code = r.field(4, 2)
-    if code > 1 or (code == 0 and (kind == "tf32" or "bf16" in (a, b))):
+    if (code != 2) if integer else code > 1 or (code == 0 and (kind == "tf32" or "bf16" in (a, b))):
         raise r.fail(f"D type {code} is not possible for {a} and {b}")
     a_major, b_major = _majors(r, a, b)
     m, n = 16 * r.field(24, 5), 8 * r.field(17, 6)
-    _check_shape(r, m, n, b, b_major, cta_group)
-    d = "f32" if code else "f16"
+    if stationary:
+        _check_stationary(r, m, n)
+    else:
+        _check_shape(r, m, n, b, b_major, cta_group)
+    d = ("f16", "f32", "s32")[code]
     negate = bool(r.field(13, 1)), bool(r.field(14, 1))
-    return InstructionDescriptor(kind, m, n, KINDS[kind][1], a, b, d, a_major, b_major, *negate)
+    saturate = bool(r.field(3, 1))
+    return InstructionDescriptor(
+        kind, m, n, KINDS[kind][1], a, b, d, a_major, b_major, *negate, saturate=saturate, stationary=stationary
+    )
 
 
 def _decode_scaled(r: _Reader, cta_group: int, scale_vector: str) -> InstructionDescriptor:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from glu4.emulator.async_queue import AsyncQueue, Operation
+from glu4.emulator.clocks import KNOWN
 from glu4.emulator.errors import LaunchError
 from glu4.emulator.hazards import Monitor
 from glu4.emulator.isa import mbarrier, tmemory
 from glu4.emulator.memory import PARAM_BASE, SHARED_BASE, Block, Memory
 from glu4.emulator.program import Program
 from glu4.emulator.ptx.module import Function, Variable
+from glu4.emulator.recording import Recorder
 from glu4.emulator.scheduler import Schedule
 from glu4.emulator.split import GONE, READY, Split
 from glu4.emulator.warp import SHARED_OFFSET, Cluster, Cta
@@ -23,6 +26,7 @@ from glu4.emulator.warp import SHARED_OFFSET, Cluster, Cta
 __all__ = ["Launch", "Machine"]
 
 Triple = tuple[int, int, int]
+_RECORD = 1000  # bytes that one access of a warp is kept in
 _MAX_SHARED = 232448  # bytes of static and dynamic shared memory of a CTA on sm_90 and sm_100
 _SPIN = 5_000  # instructions that lanes of a warp may run without any effect while others wait to meet them
 _IDLE = 1_000_000  # instructions without any effect after which a run that polls is called stuck
@@ -58,6 +62,10 @@ class Machine:
         self.ready: deque[Split] = deque()
         self.blocked: dict[Split, None] = {}
         self.locations: dict[Any, dict[int, Any]] = {}
+        self.recorder: Recorder | None = None
+        self.seconds: float | None = None
+        self.deadline = float("inf")
+        self.max_records = 1 << 62
         self.executed = 0
         self.progress = 0
         self.stopped = False
@@ -67,14 +75,15 @@ class Machine:
             for f in program.module.functions.values()
             for i in f.instructions
         )
-        self.tensor_maps: dict[bytes, Any] = {}
+        self.tensor_maps: dict[tuple[bytes, str], Any] = {}
+        self.tensor_map_fences: dict[int, Any] = {}  # cluster -> what releases for the tensormap proxy have covered
         self.running: list[Cluster] = []
         self.params = Block("parameters", "param", PARAM_BASE, np.zeros(0, np.uint8), True)
         self.param_places = _places(entry.params, 0)
         self.shared_places, self.shared_bytes = self._place_shared(entry)
         self.variable_blocks: dict[str, Block] = {}
         self._place_variables()
-        self._waiting: Iterator[Cluster] = self._clusters()
+        self._waiting: Iterator[tuple[int, Triple]] = self._clusters()
         self._more = True
 
     # memory
@@ -120,7 +129,7 @@ class Machine:
                 value = self.shared_places[symbol] + (SHARED_BASE if generic else 0)
             else:
                 raise LaunchError(f"{variable.name}: the address of {symbol} is not known")
-            data = (value + addend).to_bytes(8, "little")
+            data = (value + addend & (1 << 64) - 1).to_bytes(8, "little")
             target = self.variable_blocks[variable.name].data
             room = target[offset : offset + 8]
             room[:] = np.frombuffer(data[: room.size], np.uint8)
@@ -141,18 +150,16 @@ class Machine:
 
     # clusters
 
-    def _clusters(self) -> Iterator[Cluster]:
-        grid, size = self.launch.grid, self.launch.cluster
-        wanted = None
-        if self.launch.ctas is not None:
-            wanted = {tuple(c[i] // size[i] for i in range(3)) for c in self.launch.ctas}
-        number = 0
-        for z in range(grid[2] // size[2]):
-            for y in range(grid[1] // size[1]):
-                for x in range(grid[0] // size[0]):
-                    if wanted is None or (x, y, z) in wanted:
-                        yield self._cluster(number, (x * size[0], y * size[1], z * size[2]))
-                    number += 1
+    def _clusters(self) -> Iterator[tuple[int, Triple]]:
+        """(number, first CTA) of each cluster of the launch."""
+        size = self.launch.cluster
+        ends = [g // s for g, s in zip(self.launch.grid, size)]
+        places: Iterable[Triple] = ((x, y, z) for z in range(ends[2]) for y in range(ends[1]) for x in range(ends[0]))
+        if self.launch.ctas is not None:  # a grid may be far larger than what is chosen of it
+            chosen = {(x // size[0], y // size[1], z // size[2]) for x, y, z in self.launch.ctas}
+            places = sorted(chosen, key=lambda place: place[::-1])
+        for number, (x, y, z) in enumerate(places):
+            yield number, (x * size[0], y * size[1], z * size[2])
 
     def _cluster(self, number: int, first: Triple) -> Cluster:
         cluster = Cluster(self, number, first)
@@ -166,12 +173,19 @@ class Machine:
 
     def _admit(self) -> bool:
         """Start one more cluster; False if there is none."""
-        cluster = next(self._waiting, None)
-        if cluster is None:
+        found = next(self._waiting, None)
+        if found is None:
             self._more = False
             return False
-        self.running.append(cluster)
+        self.running.append(self._cluster(*found))
         return True
+
+    def cancel(self) -> Triple | None:
+        """Take a cluster that has not been launched off the launch: its first CTA; None if there is none, or is refused."""
+        if self.schedule.refuses():
+            return None
+        found = next(self._waiting, None)
+        return None if found is None else found[1]
 
     def _retire(self) -> None:
         """Take clusters off that have ended, and their shared memory with them."""
@@ -210,9 +224,27 @@ class Machine:
                         self.monitor.report("deadlock", f"{self._who_runs()} poll for what never comes")
                         break
                     since = self.executed
-                if self.executed > self.max_instructions:
-                    self.monitor.report("time limit", f"stopped after {self.executed} warp instructions")
+                if self._over():
                     break
+
+    def limit(self, seconds: float | None, memory: int) -> None:
+        """End the run after a time, or when what is kept of its accesses is about that many bytes."""
+        self.seconds = seconds
+        self.deadline = float("inf") if seconds is None else time.perf_counter() + seconds
+        self.max_records = memory // _RECORD
+
+    def _over(self) -> bool:
+        """Report a limit that is reached."""
+        if self.executed > self.max_instructions:
+            self.monitor.report("time limit", f"stopped after {self.executed} warp instructions")
+        elif time.perf_counter() > self.deadline:
+            self.monitor.report("time limit", f"stopped after {self.seconds:g} s and {self.executed} warp instructions")
+        elif len(self.monitor.records) > self.max_records:
+            kept = f"{len(self.monitor.records)} accesses, about {len(self.monitor.records) * _RECORD >> 20} MiB, are kept"
+            self.monitor.report("memory limit", f"stopped after {self.executed} warp instructions: {kept}")
+        else:
+            return False
+        return True
 
     def _turn(self) -> None:
         """Run one split for its share, then complete what the schedule wants."""
@@ -223,7 +255,10 @@ class Machine:
         split = ready.popleft()
         if split.state != READY:
             return
-        ran = split.run(self.schedule.instructions())
+        budget = self.schedule.instructions()
+        # a warp is one clock: what its other lanes did meanwhile has moved its time on
+        split.clock.rows[KNOWN, split.warp.entity] = split.warp.time
+        ran = split.run(budget) if self.recorder is None else self.recorder.run(split, budget)
         self.executed += ran
         split.warp.executed += ran
         if split.state == READY:
@@ -241,6 +276,8 @@ class Machine:
     def submit(self, operation: Operation) -> None:
         """Issue an asynchronous operation."""
         self.progress += 1
+        if self.recorder is not None:
+            self.recorder.part(operation)
         self.queue.add(operation, self.executed)
         if self.schedule.eager and not operation.after:
             self.complete(operation)
@@ -252,7 +289,10 @@ class Machine:
         for earlier in operation.after:
             self.complete(earlier)
         self.progress += 1
-        self.queue.complete(operation)
+        if self.recorder is not None:
+            self.recorder.complete(self.queue, operation)
+        else:
+            self.queue.complete(operation)
 
     def _force(self) -> bool:
         eligible = self.queue.eligible()

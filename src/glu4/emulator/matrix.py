@@ -21,17 +21,21 @@ __all__ = [
     "OPERAND_BYTES",
     "Fragment",
     "accumulation_bound",
+    "decode_containers",
     "decode_operand",
+    "gather_operand",
     "mma_sync_fragments",
     "multiply",
     "read_scales",
     "storage_bits",
     "tcgen05_multiply",
+    "unpack_sixteens",
     "wgmma_fragments",
 ]
 
+_ONE_THREAD = 1 << 18  # multiplications of a product that OpenBLAS does on the calling thread
 OPERAND_BYTES = 32  # of one row of A or B for one tcgen05.mma or wgmma, of every type
-_BITS = {"f16": 16, "bf16": 16, "tf32": 32, "e4m3": 8, "e5m2": 8, "e2m3": 6, "e3m2": 6, "e2m1": 4}
+_BITS = {"f16": 16, "bf16": 16, "tf32": 32, "u8": 8, "s8": 8, "e4m3": 8, "e5m2": 8, "e2m3": 6, "e3m2": 6, "e2m1": 4}
 
 Index = NDArray[np.int64]
 Values = NDArray[np.float64]
@@ -50,11 +54,12 @@ def _grid(threads: int, registers: int, elements: int) -> tuple[Index, Index, In
     return thread, register, element
 
 
-def _operand_fragment(threads: int, registers: int) -> Fragment:
-    """A of a warp's 16 rows in f16 or bf16 pairs; each further warp has the next 16 rows."""
-    thread, register, half = _grid(threads, registers, 2)
+def _operand_fragment(threads: int, registers: int, bits: int) -> Fragment:
+    """A of a warp's 16 rows, as many elements a register as fit; each further warp has the next 16 rows."""
+    per = 32 // bits
+    thread, register, element = _grid(threads, registers, per)
     rows = 16 * (thread // 32) + thread % 32 // 4 + 8 * (register % 2)
-    return Fragment(rows, 2 * (thread % 4) + half + 8 * (register // 2))
+    return Fragment(rows, per * (thread % 4) + element + 4 * per * (register // 2))
 
 
 def _result_fragment(threads: int, registers: int, halves: int) -> Fragment:
@@ -65,32 +70,42 @@ def _result_fragment(threads: int, registers: int, halves: int) -> Fragment:
     return Fragment(rows, 2 * (thread % 4) + element + 8 * (pair // 2))
 
 
-def wgmma_fragments(n: int, d_type: str) -> tuple[Fragment, Fragment]:
-    """(A, D) of `wgmma.mma_async` m64nNk16 for 128 threads; d_type f32, or f16 with two elements a register.
+def wgmma_fragments(n: int, d_type: str, bits: int = 16) -> tuple[Fragment, Fragment]:
+    """(A, D) of `wgmma.mma_async` m64nN for 128 threads; d_type f32 or s32, or f16 with two elements a register.
 
-    PTX ISA 9.7.15.5.1.1.1. Raises ValueError for an N or type that does not exist.
+    bits: of an element of A, of which a row has 32 bytes. PTX ISA 9.7.15.5.1.1. Raises ValueError for an N or type that does
+    not exist.
     """
     if n % 8 or not 8 <= n <= 256:
         raise ValueError(f"wgmma: N {n} is not possible; it is 8 to 256 in steps of 8")
-    if d_type not in ("f32", "f16"):
-        raise ValueError(f"wgmma: D type {d_type} is not modelled; modelled are f32, f16")
-    result = _result_fragment(128, n // 2, 1) if d_type == "f32" else _result_fragment(128, n // 4, 2)
-    return _operand_fragment(128, 4), result
+    if d_type not in ("f32", "s32", "f16"):
+        raise ValueError(f"wgmma: D type {d_type} is not modelled; modelled are f32, s32, f16")
+    result = _result_fragment(128, n // 4, 2) if d_type == "f16" else _result_fragment(128, n // 2, 1)
+    return _operand_fragment(128, 4, bits), result
 
 
-def mma_sync_fragments(k: int, d_type: str) -> tuple[Fragment, Fragment, Fragment]:
-    """(A, B, D) of `mma.sync` m16n8k8 and m16n8k16 in f16 or bf16; rows of B's fragment are k, columns n.
+def mma_sync_fragments(k: int, d_type: str, bits: int = 16) -> tuple[Fragment, Fragment, Fragment]:
+    """(A, B, D) of `mma.sync` m16n8 whose rows have 16 or 32 bytes of elements of `bits` bits; rows of B's fragment are k.
 
-    PTX ISA 9.7.14.5. Raises ValueError for another K or type.
+    PTX ISA 9.7.14.5.6 to 9.7.14.5.10. Raises ValueError for another K or type.
     """
-    if k not in (8, 16):
-        raise ValueError(f"mma.sync: K {k} is not modelled; modelled are m16n8k8 and m16n8k16")
-    if d_type not in ("f32", "f16"):
-        raise ValueError(f"mma.sync: D type {d_type} is not modelled; modelled are f32, f16")
-    thread, register, half = _grid(32, k // 8, 2)
-    b = Fragment(2 * (thread % 4) + half + 8 * register, thread // 4)
-    result = _result_fragment(32, 4, 1) if d_type == "f32" else _result_fragment(32, 2, 2)
-    return _operand_fragment(32, k // 4), b, result
+    if k * bits not in (128, 256):
+        raise ValueError(f"mma.sync: K {k} is not modelled; modelled are m16n8k{128 // bits} and m16n8k{256 // bits}")
+    if d_type not in ("f32", "s32", "f16"):
+        raise ValueError(f"mma.sync: D type {d_type} is not modelled; modelled are f32, s32, f16")
+    registers, per = k * bits // 128, 32 // bits
+    thread, register, element = _grid(32, registers, per)
+    b = Fragment(per * (thread % 4) + element + 4 * per * register, thread // 4)
+    result = _result_fragment(32, 2, 2) if d_type == "f16" else _result_fragment(32, 4, 1)
+    return _operand_fragment(32, 2 * registers, bits), b, result
+
+
+def gather_operand(words: NDArray[np.uint32], fragment: Fragment, rows: int, depth: int, bits: int) -> NDArray[np.uint8]:
+    """Bytes [rows, depth * bits / 8] of an operand from its registers, uint32 [threads, registers]."""
+    kind = np.dtype(f"<u{bits // 8}")
+    codes = np.empty((rows, depth), dtype=kind)
+    codes[fragment.rows, fragment.columns] = np.ascontiguousarray(words).view(kind).reshape(fragment.rows.shape)
+    return codes.view(np.uint8)
 
 
 def storage_bits(kind: str, operand_type: str) -> int:
@@ -102,6 +117,14 @@ def storage_bits(kind: str, operand_type: str) -> int:
     return 8 if kind in ("f8f6f4", "mxf8f6f4") else _BITS[operand_type]
 
 
+def unpack_sixteens(data: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Sixteen elements of `bits` bits at the start of each 16 bytes to a byte each: uint8 of the same shape [rows, bytes]."""
+    rows = data.shape[0]
+    stream = np.unpackbits(data.reshape(rows, -1, 16), axis=-1, bitorder="little")[:, :, : 16 * bits]
+    weights = (1 << np.arange(bits)).astype(np.uint8)
+    return np.asarray((stream.reshape(rows, -1, 16, bits) * weights).sum(axis=-1, dtype=np.uint8).reshape(rows, -1))
+
+
 def decode_operand(data: NDArray[np.uint8], operand_type: str, storage: int) -> Values:
     """Values of an operand, float64 [rows, K], from its bytes, uint8 [rows, bytes], K contiguous.
 
@@ -109,32 +132,59 @@ def decode_operand(data: NDArray[np.uint8], operand_type: str, storage: int) -> 
     """
     bits = _BITS[operand_type]
     rows = data.shape[0]
+    if operand_type in ("u8", "s8"):
+        return np.ascontiguousarray(data).view(np.int8 if operand_type == "s8" else np.uint8).astype(np.float64)
     if bits == storage == 4:
         codes = np.stack([data & 15, data >> 4], axis=-1).reshape(rows, -1)
     elif bits == storage:
         codes = np.ascontiguousarray(data).view(f"<u{bits // 8}")
     else:
-        stream = np.unpackbits(data.reshape(rows, -1, 16), axis=-1, bitorder="little")[:, :, : 16 * bits]
-        weights = (1 << np.arange(bits)).astype(np.uint8)
-        codes = (stream.reshape(rows, -1, 16, bits) * weights).sum(axis=-1).reshape(rows, -1)
+        codes = unpack_sixteens(data, bits)
     return decode(operand_type, codes)
 
 
-def multiply(
-    a: Values, b: Values, d: NDArray[Any] | None, d_type: str, *, negate_a: bool = False, negate_b: bool = False
-) -> NDArray[Any]:
-    """A [M, K] times B [N, K] transposed, plus D [M, N] or nothing: [M, N], float32, or float16 for d_type f16.
+def decode_containers(data: NDArray[np.uint8], operand_type: str) -> Values:
+    """Values of elements of 4 or 6 bits that lie in a byte each, as operand A of kinds f8f6f4 and mxf8f6f4 in tensor memory.
 
-    NaN and infinity follow IEEE 754.
+    e2m1 lies in the four middle bits and the others in the six low ones, as PTX ISA 9.7.14.5.14 words it for mma.sync of these
+    kinds; 9.7.16.10.4.3 shows tensor memory in figures only.
+    """
+    return decode(operand_type, data >> 2 if operand_type == "e2m1" else data)
+
+
+def _product(a: Values, b: Values) -> Values:
+    """A times B transposed, in pieces for which OpenBLAS starts no threads: on a busy machine waiting for them takes longer."""
+    step = max(1, _ONE_THREAD // max(b.size, 1))
+    if a.shape[0] <= step:
+        return np.asarray(a @ b.T)
+    return np.concatenate([a[i : i + step] @ b.T for i in range(0, a.shape[0], step)])
+
+
+def multiply(
+    a: Values,
+    b: Values,
+    d: NDArray[Any] | None,
+    d_type: str,
+    *,
+    negate_a: bool = False,
+    negate_b: bool = False,
+    saturate: bool = False,
+) -> NDArray[Any]:
+    """A [M, K] times B [N, K] transposed, plus D [M, N] or nothing: [M, N], float32, float16 for d_type f16, int32 for s32.
+
+    NaN and infinity follow IEEE 754. Integers beyond 32 bits wrap around, or with `saturate` stop at the ends.
     """
     with np.errstate(invalid="ignore", over="ignore"):
-        total = a @ b.T
+        total = _product(a, b)
         if negate_a != negate_b:
             total = -total
         if d is not None:
             total = total + np.asarray(d, dtype=np.float64)
         if d_type == "f32":
             return total.astype(np.float32)
+        if d_type == "s32":
+            whole = total.astype(np.int64)
+            return np.clip(whole, -(1 << 31), (1 << 31) - 1).astype(np.int32) if saturate else whole.astype(np.int32)
     return encode("f16", total).astype(np.uint16).view(np.float16)
 
 
@@ -177,14 +227,14 @@ def tcgen05_multiply(
         d = None if d is None else np.ldexp(np.asarray(d, dtype=np.float64), -scale_d)
     if bool(i.scales) != (scale_a is not None) or bool(i.scales) != (scale_b is not None):
         raise ValueError(f"tcgen05.mma: kind::{i.kind} has {i.scales} scales a row")
-    out = np.empty((rows, n), dtype=np.float16 if i.d_type == "f16" else np.float32)
+    out = np.empty((rows, n), dtype={"f16": np.float16, "f32": np.float32, "s32": np.int32}[i.d_type])
     for where, column, quarter, copy in _tiles(np.broadcast_to(lanes, (rows, n)), a.shape[0], scale_a, scale_b):
         x, y = a[copy][where], b[column]
         if scale_a is not None and scale_b is not None:
             x = _scaled(x, scale_a[quarter][where])
             y = _scaled(y, scale_b[quarter][: y.shape[0]])
         old = None if d is None else d[where, column]
-        out[where, column] = multiply(x, y, old, i.d_type, negate_a=i.negate_a, negate_b=i.negate_b)
+        out[where, column] = multiply(x, y, old, i.d_type, negate_a=i.negate_a, negate_b=i.negate_b, saturate=i.saturate)
     return out
 
 

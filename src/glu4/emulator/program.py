@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from glu4.emulator.errors import PtxError
 from glu4.emulator.flow import reconvergence, registers_in_flight, unfenced_registers
 from glu4.emulator.isa import INSTRUCTIONS
-from glu4.emulator.isa.control import guarded, join_step, off_the_end, watched
+from glu4.emulator.isa.control import guarded, join_step, off_the_end
 from glu4.emulator.isa.registry import Context, Modifiers, Step, row_type
+from glu4.emulator.isa.watch import watched
 from glu4.emulator.lanes import LANES
 from glu4.emulator.ptx.module import SIZES, Function, Instruction, Module, Symbol, Variable
 
@@ -29,8 +30,9 @@ class Program:
         for function in module.functions.values():
             if function.defined:
                 self.functions[function.name] = FunctionCode(self, function)
-        for code in self.functions.values():
-            code.build()
+        with np.errstate(all="ignore"):  # constants that overflow their type
+            for code in self.functions.values():
+                code.build()
 
     def shared_variables(self, entry: Function) -> list[Variable]:
         """Those with a size that the kernel's own text and module declare."""
@@ -56,6 +58,8 @@ class FunctionCode:
         # after the registers: ("constant", array) | ("special", name) | ("symbol", Symbol) | ("scratch", None)
         self.extra: list[tuple[str, Any]] = []
         self._known: dict[Any, int] = {}
+        self._banks: dict[int, list[int]] | None = None  # registers by width
+        self._constants: dict[int, tuple[NDArray[Any], NDArray[Any], NDArray[Any]]] = {}
         self._unfenced: list[set[int]] | None = None
         self._in_flight = registers_in_flight(function)
         self.local_offsets: dict[str, int] = {}
@@ -98,7 +102,10 @@ class FunctionCode:
             raise PtxError(f"the address of {symbol.name} does not fit {bits} bits", line)
         variable = symbol.variable or self.program.module.variables.get(symbol.name)
         if variable is None:
-            raise PtxError(f"{symbol.name} is not a variable", line)
+            what = (
+                "a function, and only direct calls are modelled" if symbol.name in self.program.functions else "not a variable"
+            )
+            raise PtxError(f"{symbol.name} is {what}", line)
         where = Symbol(symbol.name, symbol.offset, variable)
         return self._row(("symbol", id(variable), symbol.name, symbol.offset, bits), bits, ("symbol", where))
 
@@ -153,22 +160,30 @@ class FunctionCode:
     def rows(self, warp: Any) -> tuple[list[NDArray[Any]], list[NDArray[Any]], list[NDArray[Any]]]:
         """A register file for one warp: unsigned, signed and float views of each row."""
         count = len(self.function.registers)
-        unsigned: list[NDArray[Any]] = []
-        banks: dict[int, list[int]] = {}
-        for i in range(count):
-            banks.setdefault(self.bits[i], []).append(i)
-        unsigned = [np.empty(0)] * count
-        for bits, members in banks.items():
+        if self._banks is None:
+            self._banks = {}
+            for i in range(count):
+                self._banks.setdefault(self.bits[i], []).append(i)
+        unsigned: list[NDArray[Any]] = [_NOTHING] * count
+        signed, floats = unsigned.copy(), unsigned.copy()
+        for bits, members in self._banks.items():
             shape = (len(members), LANES, 2) if bits == 128 else (len(members), LANES)
             bank = np.zeros(shape, dtype=row_type(bits))
             if bits > 1:
                 bank.view(np.uint8)[...] = 0xD7  # what an uninitialised register holds
-            for index, row in zip(members, bank):
-                unsigned[index] = row
+            # one view of a bank is quicker than one of each row
+            for index, u, s, f in zip(members, bank, _signed(bank, bits), _floats(bank, bits)):
+                unsigned[index], signed[index], floats[index] = u, s, f
         for i, (kind, what) in enumerate(self.extra):
-            unsigned.append(_extra_row(warp, kind, what, self.bits[count + i], self))
-        signed = [_signed(row) for row in unsigned]
-        floats = [_floats(row) for row in unsigned]
+            bits = self.bits[count + i]
+            views = self._constants.get(i)
+            if views is None:
+                row = _extra_row(warp, kind, what, bits, self)
+                views = row, _signed(row, bits), _floats(row, bits)
+                if kind == "constant":  # never written: the same for all warps
+                    self._constants[i] = views
+            for rows, view in zip((unsigned, signed, floats), views):
+                rows.append(view)
         return unsigned, signed, floats
 
 
@@ -183,13 +198,14 @@ def _extra_row(warp: Any, kind: str, what: Any, bits: int, code: FunctionCode) -
     return row
 
 
+_NOTHING = np.empty(0)
 _SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 _FLOATS = {2: np.float16, 4: np.float32, 8: np.float64}
 
 
-def _signed(row: NDArray[Any]) -> NDArray[Any]:
-    return row if row.dtype == np.bool_ or row.ndim == 2 else row.view(_SIGNED[row.itemsize])
+def _signed(rows: NDArray[Any], bits: int) -> NDArray[Any]:
+    return rows if bits in (1, 128) else rows.view(_SIGNED[bits // 8])
 
 
-def _floats(row: NDArray[Any]) -> NDArray[Any]:
-    return row.view(_FLOATS[row.itemsize]) if row.itemsize in _FLOATS and row.ndim == 1 else row
+def _floats(rows: NDArray[Any], bits: int) -> NDArray[Any]:
+    return rows.view(_FLOATS[bits // 8]) if bits // 8 in _FLOATS else rows

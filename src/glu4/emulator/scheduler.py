@@ -47,6 +47,10 @@ class Schedule:
         """Whether a try_wait whose phase is not complete returns false at once rather than waits."""
         return False
 
+    def refuses(self) -> bool:
+        """Whether a cluster that has not been launched is kept from the running one that asks for it."""
+        return False
+
     def __str__(self) -> str:
         return f"{self.name}, seed {self.seed}"
 
@@ -96,6 +100,9 @@ class _Random(Schedule):
 
     def gives_up(self) -> bool:
         return self.random.random() < self.impatience
+
+    def refuses(self) -> bool:
+        return self.random.random() < 0.05
 
 
 _SCHEDULES: dict[str, type[Schedule]] = {"eager": Schedule, "lazy": _Lazy, "random": _Random}

@@ -72,7 +72,8 @@ class Wait:
 class Split:
     """Lanes of one warp with one program counter. mask: bool [32] (never changed in place); r: the frame's views of rows."""
 
-    __slots__ = ("clock", "expired", "frame", "full", "join", "key", "mask", "pc", "r", "state", "timed_out", "wait", "warp")
+    __slots__ = ("clock", "expired", "frame", "full", "join", "key", "mask", "pc", "r", "state", "timed_out", "trace", "wait",
+                 "warp")  # fmt: skip
 
     def __init__(self, warp: Warp, frame: Frame, pc: int, mask: Mask, clock: Clock, join: Join | None) -> None:
         self.warp = warp
@@ -85,6 +86,7 @@ class Split:
         self.wait: Wait | None = None
         self.expired = -1  # the machine's progress when this split's wait last ran out of time
         self.timed_out = False  # the machine woke it without what it waits for
+        self.trace: Any = None  # its Trace in a recording
         self.set_mask(mask)
 
     def set_mask(self, mask: Mask) -> None:
@@ -134,6 +136,8 @@ class Split:
         other = Split(warp, self.frame, target, taken, self.clock.copy(), self.join)
         self.set_mask(self.mask & ~taken)
         warp.splits.append(other)
+        if warp.cta.machine.recorder is not None:
+            warp.cta.machine.recorder.forked(self, other)
         warp.cta.machine.ready.append(other)
         return other
 
@@ -153,8 +157,11 @@ class Split:
 
     def _merge(self, join: Join) -> None:
         """Become all splits that wait at a join."""
+        recorder = self.warp.cta.machine.recorder
         for other in join.waiting:
             if other is not self:
+                if recorder is not None:
+                    recorder.joined(self, other)
                 self.set_mask(self.mask | other.mask)
                 self.clock.merge(other.clock)
                 other.retire()

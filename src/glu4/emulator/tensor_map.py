@@ -10,14 +10,26 @@ Shapes and coordinates are innermost first and count elements; strides count byt
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BoxRows", "BoxUnits", "TensorMap", "decode", "encode", "load_box", "store_box", "swizzle_address"]
+__all__ = [
+    "BoxRows",
+    "BoxUnits",
+    "FourRows",
+    "TensorMap",
+    "decode",
+    "encode",
+    "four_rows",
+    "load_box",
+    "store_box",
+    "swizzle_address",
+    "unit_addresses",
+]
 
 UNIT_BYTES = 8
 SHARED_MEMORY_BYTES = 228 * 1024  # of an SM; the driver refuses larger boxes
@@ -67,13 +79,9 @@ _PADDED_SWIZZLES = {
     "16u4_align16b": ("none", "128B", "128B_atom_32B"),
     "16u6_align16b": ("none", "128B", "128B_atom_32B", "128B_atom_64B"),
 }
-# PTX names the fill but not its bits; the canonical NaN of each type
-_NAN_BYTES = {
-    "f16": b"\xff\x7f",
-    "bf16": b"\xff\x7f",
-    "f32": b"\xff\xff\xff\x7f",
-    "f64": b"\xff\xff\xff\xff\xff\xff\xff\x7f",
-}
+# PTX names the fill but not its bits; an H100 fills float16, bfloat16 and float32 so (tests/emulator/hardware)
+_PIECE_BYTES = 16  # of a row, which a store writes whole
+_NAN_BYTES = np.frombuffer(b"\xf7\x7f", dtype=np.uint8)
 
 
 def _fail(field: str, what: str) -> None:
@@ -162,8 +170,9 @@ class TensorMap:
             _fail("swizzle", f"{self.swizzle} is not possible for {self.element_type}; possible are {', '.join(allowed)}")
         if self.oob_fill == "nan" and not ELEMENT_TYPES[self.element_type].floating:
             _fail("oob_fill", f"nan needs a floating-point element type, given {self.element_type}")
-        if self.shared_bytes > SHARED_MEMORY_BYTES:
-            _fail("box_shape", f"{self.box_shape} is {self.shared_bytes} bytes; shared memory has {SHARED_MEMORY_BYTES}")
+        size = self.row_bytes * prod(self.counts[1:])
+        if size > SHARED_MEMORY_BYTES:
+            _fail("box_shape", f"{self.box_shape} is {size} bytes; shared memory has {SHARED_MEMORY_BYTES}")
 
     @property
     def rank(self) -> int:
@@ -189,9 +198,17 @@ class TensorMap:
         return self.counts[0] if self.element_type in _PADDED else self.counts[0] * self.bits // 8
 
     @property
+    def pitch_bytes(self) -> int:
+        """Bytes of shared memory from one row to the next: the swizzle's span, of which a narrower row leaves the rest alone.
+
+        Recorded from an H100: tests/emulator/hardware, tensor/load-narrow.
+        """
+        return max(self.row_bytes, SWIZZLES[self.swizzle][2])
+
+    @property
     def shared_bytes(self) -> int:
-        """Bytes of shared memory that a whole box occupies."""
-        return self.row_bytes * prod(self.counts[1:])
+        """Bytes of shared memory that a whole box occupies, gaps included."""
+        return self.pitch_bytes * prod(self.counts[1:])
 
     @property
     def transaction_bytes(self) -> int:
@@ -201,6 +218,29 @@ class TensorMap:
         (TmaTransactionBytes in sm100_mma_warpspecialized.hpp).
         """
         return prod(self.counts) * self.bits // 8
+
+
+class FourRows(TensorMap):
+    """A map as tile::gather4 and tile::scatter4 use it: four rows of rank 2, each a box (PTX ISA 5.5.3.4).
+
+    Its coordinates are five: the column, then the row of each. Raises ValueError for a map that these modes cannot use.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank != 2 or self.interleave != "none":
+            _fail("global_shape", f"has rank {self.rank} and interleave {self.interleave}; four rows need rank 2 and none")
+        if self.box_shape[1] != 1:
+            _fail("box_shape[1]", f"is {self.box_shape[1]}; four rows need 1")
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return (super().counts[0], 4)
+
+
+def four_rows(tensor_map: TensorMap) -> FourRows:
+    """The same map for tile::gather4 and tile::scatter4. Raises ValueError as FourRows does."""
+    return FourRows(**{f.name: getattr(tensor_map, f.name) for f in fields(TensorMap)})
 
 
 def _bits(number: int, low: int, width: int) -> int:
@@ -307,7 +347,7 @@ class BoxUnits:
 
 @dataclass(frozen=True)
 class BoxRows:
-    """The in-bounds part of a box in global memory: `data` uint8 [rows, bytes] at byte addresses `addresses` int64 [rows]."""
+    """What a store writes to global memory: `data` uint8 [rows, bytes] at byte addresses `addresses` int64 [rows]."""
 
     addresses: NDArray[np.int64]
     data: NDArray[np.uint8]
@@ -326,17 +366,15 @@ class _Window:
 
 def _window(tensor_map: TensorMap, coordinates: Sequence[int]) -> _Window:
     t = tensor_map
-    if len(coordinates) != t.rank:
+    if len(coordinates) != (5 if isinstance(t, FourRows) else t.rank):
         raise ValueError(f"coordinates: {len(coordinates)} given for a tensor map of rank {t.rank}")
     if t.interleave != "none":
         raise ValueError(f"interleave: {t.interleave} is not modelled")
     if t.element_type in ("tf32", "tf32_ftz", "f32_ftz", "16u6_align16b"):
         raise ValueError(f"element_type: copies of {t.element_type} are not modelled")
-    span = SWIZZLES[t.swizzle][2]
-    if span and t.row_bytes != span:
-        raise ValueError(f"box_shape: a row of {t.row_bytes} bytes in swizzle {t.swizzle} ({span} bytes) is not modelled")
     x = coordinates[0]
-    multiple = 128 if t.element_type in _PADDED else 2 if t.bits == 4 else 1
+    # 16 bytes: hardware refuses others as an illegal instruction (recorded from an H100)
+    multiple = 128 if t.element_type in _PADDED else 128 // t.bits
     if x % multiple:
         raise ValueError(f"coordinates: the first is {x}; {t.element_type} needs a multiple of {multiple}")
     inside = np.ones(1, dtype=np.bool_)
@@ -344,6 +382,8 @@ def _window(tensor_map: TensorMap, coordinates: Sequence[int]) -> _Window:
     # the first dimension varies fastest, so later ones become leading axes
     for dim in range(1, t.rank):
         at = coordinates[dim] + np.arange(t.counts[dim], dtype=np.int64) * t.element_strides[dim]
+        if isinstance(t, FourRows):
+            at = np.array(coordinates[1:], dtype=np.int64)
         inside = (((at >= 0) & (at < t.global_shape[dim]))[:, None] & inside).ravel()
         offset = ((at * t.global_strides[dim - 1])[:, None] + offset).ravel()
     first = min(max(-x, 0), t.counts[0]) * t.bits // 8
@@ -352,13 +392,14 @@ def _window(tensor_map: TensorMap, coordinates: Sequence[int]) -> _Window:
     return _Window(inside & (last > first), starts, first, max(last, first), t.counts[0] * t.bits // 8)
 
 
-def _unit_addresses(tensor_map: TensorMap, shared_address: int) -> NDArray[np.int64]:
+def unit_addresses(tensor_map: TensorMap, shared_address: int) -> NDArray[np.int64]:
     """Address of each 8-byte unit of the box in its order in global memory."""
     if shared_address % 128:
         raise ValueError(f"shared address: {shared_address:#x} is not a multiple of 128")
     step = 2 * UNIT_BYTES if tensor_map.element_type in _PADDED else UNIT_BYTES
-    linear = shared_address + np.arange(0, tensor_map.shared_bytes, step, dtype=np.int64)
-    return swizzle_address(tensor_map.swizzle, linear)
+    rows = np.arange(0, tensor_map.shared_bytes, tensor_map.pitch_bytes, dtype=np.int64)
+    linear = shared_address + rows[:, None] + np.arange(0, tensor_map.row_bytes, step, dtype=np.int64)
+    return swizzle_address(tensor_map.swizzle, linear.ravel())
 
 
 def load_box(
@@ -372,17 +413,16 @@ def load_box(
     `read(addresses int64 [rows], size)` returns uint8 [rows, size] of global memory; it is asked only for in-bounds bytes,
     and not at all if there are none. Elements outside the tensor are filled as the map says. Raises ValueError for
     coordinates or an address (a multiple of 128) that the instruction may not have, and for what is not modelled: interleaved
-    layouts, tf32, flushing types, 6-bit types, and rows narrower than their swizzle.
+    layouts, tf32, flushing types and 6-bit types.
     """
     window = _window(tensor_map, coordinates)
     rows = np.zeros((len(window.inside), window.packed), dtype=np.uint8)
     if tensor_map.oob_fill == "nan":
-        pattern = np.frombuffer(_NAN_BYTES[tensor_map.element_type], dtype=np.uint8)
-        rows[:] = np.tile(pattern, window.packed // len(pattern))
+        rows[:] = np.tile(_NAN_BYTES, window.packed // 2)
     if window.inside.any():
         size = window.last - window.first
         rows[window.inside, window.first : window.last] = read(window.starts[window.inside], size)
-    addresses = _unit_addresses(tensor_map, shared_address)
+    addresses = unit_addresses(tensor_map, shared_address)
     return BoxUnits(addresses, rows.reshape(-1, UNIT_BYTES), tensor_map.transaction_bytes)
 
 
@@ -391,15 +431,25 @@ def store_box(
     coordinates: Sequence[int],
     shared_address: int,
     read_shared: Callable[[NDArray[np.int64]], NDArray[Any]],
+    reduces: bool = False,
 ) -> BoxRows:
     """A tiled store (or the operand of a reduction): the rows of global memory it writes, out-of-bounds elements dropped.
 
-    `read_shared(addresses int64 [units])` returns uint8 [units, 8]. Raises ValueError as `load_box` does, and for
-    16u4_align16b, which PTX does not store.
+    A store drops only whole pieces of 16 bytes along a row: where the tensor's row ends within one, the box's elements beyond
+    it are written up to the next multiple of 16 bytes (recorded from an H100: tests/emulator/hardware, tensor/store-type-u8).
+    Of reductions no such edge was recorded: they keep to the elements, as PTX says.
+
+    `read_shared(addresses int64 [units])` returns uint8 [units, 8]. Raises ValueError as `load_box` does, for
+    16u4_align16b, which PTX does not store, and for negative coordinates, which hardware refuses of stores and reductions
+    (an illegal instruction on an H100; CUDA C++ Programming Guide, Tensor Memory Accelerator).
     """
     if tensor_map.element_type == "16u4_align16b":
         raise ValueError("element_type: 16u4_align16b cannot be stored")
+    if min(coordinates) < 0 and not isinstance(tensor_map, FourRows):
+        raise ValueError(f"coordinates: {tuple(coordinates)} has a negative one; a store or reduction may not")
     window = _window(tensor_map, coordinates)
-    units = read_shared(_unit_addresses(tensor_map, shared_address))
+    units = read_shared(unit_addresses(tensor_map, shared_address))
     rows = np.asarray(units, dtype=np.uint8).reshape(-1, window.packed)
-    return BoxRows(window.starts[window.inside], rows[window.inside, window.first : window.last])
+    # the first in-bounds byte is a multiple of 16 in global memory, and so is the box's end
+    last = window.last if reduces else -(-window.last // _PIECE_BYTES) * _PIECE_BYTES
+    return BoxRows(window.starts[window.inside], rows[window.inside, window.first : last])

@@ -95,12 +95,21 @@ def is_split(m: int, cta_group: int) -> bool:
     return (m, cta_group) == (128, 2)
 
 
-def accumulator_cells(address: int, m: int, n: int, cta_group: int) -> Cells:
+def accumulator_cells(address: int, m: int, n: int, cta_group: int, stationary: bool = False) -> Cells:
     """Cells of a CTA's part of D: [M / cta_group, N], one 32-bit cell an element (16-bit D in the low half).
 
-    CTA r of a pair holds rows r * M / 2 and on, all columns. Layouts A, B, D and F of PTX ISA 9.7.16.10.5 (no .ws).
+    CTA r of a pair holds rows r * M / 2 and on, all columns. Layouts A, B, D and F of PTX ISA 9.7.16.10.5, and with
+    `stationary` (.ws) E, G and D, whose M of 64 and 32 put each half or quarter of N into lanes of its own.
     """
     lane, column = split_address(address)
+    if stationary:
+        if lane:
+            raise ValueError(f"tensor memory: D of .ws lies at lane 0, given {lane}")
+        row, place = _grid(m, n)
+        width = n * m // LANES
+        lanes, columns = row + m * (place // width), column + place % width
+        _check("accumulator", lanes, columns)
+        return Cells(lanes, columns)
     lanes = _row_lanes(m, cta_group, lane)[:, None]
     columns = np.arange(n, dtype=np.int64)[None, :]
     if is_split(m, cta_group):
@@ -154,10 +163,17 @@ def cp_cells(address: int, shape: str, multicast: str = "") -> Cells:
     """Target cells of `tcgen05.cp`: [copies, rows, words]; the source is a K-major matrix of `rows` x 4 * `words` bytes.
 
     `multicast` is "warpx4", "warpx2::02_13", "warpx2::01_23" or none. With cta_group::2 each CTA copies from its own shared
-    memory into its own tensor memory. Raises ValueError for combinations that do not exist, and for 4x256b, whose source
-    layout is documented nowhere.
+    memory into its own tensor memory. 4x256b puts a row into one lane of each quarter; its source is taken to be a matrix of
+    four rows like any other. Raises ValueError for combinations that do not exist.
     """
     lane, column = split_address(address)
+    if (shape, multicast) == ("4x256b", ""):
+        if lane >= QUARTER_LANES:
+            raise ValueError(f"tcgen05.cp: shape {shape} needs a lane below {QUARTER_LANES}, given {lane}")
+        row, word = _grid(4, 8)
+        lanes, columns = (lane + QUARTER_LANES * row)[None], (column + word)[None]
+        _check("tcgen05.cp", lanes, columns)
+        return Cells(lanes, columns)
     if (shape, multicast) not in _CP:
         known = ", ".join(".".join(filter(None, key)) for key in _CP)
         raise ValueError(f"tcgen05.cp: {'.'.join(filter(None, (shape, multicast)))} is not modelled; modelled are {known}")

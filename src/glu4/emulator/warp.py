@@ -74,7 +74,7 @@ class Cluster:
         self.first = first
         self.ctas: list[Cta] = []
         self.barrier = Barrier()
-        self.entities = 0
+        self.entities = 1  # entity 0 is the grid in front, the same in every cluster
         self.released: tuple[Message | None, dict[int, Message] | None] = (None, None)  # by the barrier's last phase
         self.exit_known = np.zeros(0, dtype=np.int32)  # the last time of each entity that some thread knew when it exited
 
@@ -105,6 +105,7 @@ class Cta:
         launch = machine.launch
         self.threads = launch.block[0] * launch.block[1] * launch.block[2]
         self.alive = self.threads
+        self.exit_known = np.zeros(0, dtype=np.int32)  # the last time of each entity that some thread knew when it exited
         self.shared_base = (rank << 24) | SHARED_OFFSET
         self.shared = Block(f"shared{list(index)}", "shared", self.shared_base, np.zeros(machine.shared_bytes, np.uint8))
         self.barriers = [Barrier() for _ in range(16)]
@@ -185,17 +186,11 @@ class Warp:
     # lanes
 
     def exit_lanes(self, split: Split, gone: NDArray[Any]) -> None:
-        cluster = self.cta.cluster
-        known = split.clock.fit(cluster.entities)[KNOWN]
-        old = (
-            np.pad(cluster.exit_known, (0, known.size - cluster.exit_known.size))
-            if known.size > cluster.exit_known.size
-            else cluster.exit_known
-        )
-        np.maximum(old[: known.size], known, out=old[: known.size])
-        cluster.exit_known = old
-        self.live = self.live & ~gone
         cta = self.cta
+        known = split.clock.fit(cta.cluster.entities)[KNOWN]
+        for place in (cta, cta.cluster):
+            place.exit_known = _larger(place.exit_known, known)
+        self.live = self.live & ~gone
         cta.alive -= int(np.count_nonzero(gone))
         cta.machine.progress += 1
         arrived = self.extra.get("cluster_arrived")
@@ -238,6 +233,14 @@ class Warp:
         if variable.space == "param":
             return machine.param_places.get(variable.name, 0) + symbol.offset
         return machine.variable_blocks[variable.name].base + symbol.offset
+
+
+def _larger(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
+    """The larger of two vectors of times, as a new array as long as the longer one."""
+    long, short = (a, b) if a.size > b.size else (b, a)
+    out = long.copy()
+    np.maximum(out[: short.size], short, out=out[: short.size])
+    return out
 
 
 def _special(warp: Warp, name: str) -> NDArray[Any]:

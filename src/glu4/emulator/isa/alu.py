@@ -230,7 +230,9 @@ def _madc(context: Context, mods: Modifiers) -> Step:
 def _mul24(accumulate: bool) -> Builder:
     def build(context: Context, mods: Modifiers) -> Step:
         part = mods.choice(("hi", "lo"))
-        kind = mods.choice(("u32", "s32"))
+        sat = accumulate and part == "hi" and mods.take("sat")
+        kind = mods.choice(("s32",) if sat else ("u32", "s32"))
+        low, high = _limits(kind)
         shift = np.int64(16 if part == "hi" else 0)
 
         def product(a: Array, b: Array) -> Array:
@@ -240,6 +242,8 @@ def _mul24(accumulate: bool) -> Builder:
             mask = np.int64(0xFFFFFF)
             return ((a.astype(np.int64) & mask) * (b.astype(np.int64) & mask)) >> shift
 
+        if sat:
+            return computed(context, (kind,) * 4, lambda a, b, c: np.clip(product(a, b) + c, low, high))
         if accumulate:
             return computed(context, (kind,) * 4, lambda a, b, c: product(a, b) + c)
         return computed(context, (kind,) * 3, product)

@@ -16,14 +16,17 @@ from numpy.typing import NDArray
 from glu4.emulator.isa import alu
 from glu4.emulator.isa.registry import Builder, Context, F, Modifiers, Step, U
 from glu4.emulator.isa.rounding import (
+    LEAST32,
     add_exact,
     bf16_bits,
     bf16_values,
     by_fractions,
     canonical,
     flush,
+    inherit,
     round_to_f32,
     saturate,
+    vanishes,
 )
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ __all__ = ["INSTRUCTIONS"]
 Array = NDArray[Any]
 _FLOATS = ("f32", "f64", "f16", "f16x2", "bf16", "bf16x2", "f32x2")
 _MODES = ("rn", "rz", "rm", "rp")
+_OUTSIDE = 0x7FF7  # what TMA fills with on request, in f16 and bf16 (recorded from an H100)
 _CARRIER = {"f16x2": "b32", "bf16x2": "b32", "f32x2": "b64", "bf16": "b16", "f16": "b16"}
 
 
@@ -124,8 +128,11 @@ def _elementwise(
 
     def finish(x: Array) -> Array:
         if half:
-            x = _round_half(x, kind)
-            x = _half_flush(x, kind) if ftz else x
+            exact, x = x, _round_half(x, kind)
+            if ftz:
+                x = _half_flush(x, kind)
+                lost = vanishes(exact, x, 2.0**-14, lambda y: _round_half(y, kind))
+                x = np.where(lost, np.copysign(0.0, x), x)
             x = np.where(np.isnan(x) | (x > 0), x, 0.0) if relu else x
             return saturate(x) if sat else x
         if ftz:
@@ -167,7 +174,12 @@ def _add_function(kind: str, mode: str) -> Callable[..., Array]:
 
         return single
     if kind == "f64":
-        return lambda a, b: a + b if mode == "rn" else by_fractions(add, (a, b), mode, np.float64, a + b)
+
+        def double(a: Array, b: Array) -> Array:
+            total = a + b
+            return inherit(total if mode == "rn" else by_fractions(add, (a, b), mode, np.float64, total), b, a)
+
+        return double
     return lambda a, b: add_exact(a, b)
 
 
@@ -178,8 +190,15 @@ def add(a: Fraction, b: Fraction) -> Fraction:
 def _mul_function(kind: str, mode: str) -> Callable[..., Array]:
     if kind.startswith("f32"):
         return (lambda a, b: a * b) if mode == "rn" else (lambda a, b: round_to_f32(_wide(a) * _wide(b), mode))
-    if kind == "f64" and mode != "rn":
-        return lambda a, b: by_fractions(lambda x, y: x * y, (a, b), mode, np.float64, a * b)
+    if kind == "f64":
+
+        def double(a: Array, b: Array) -> Array:
+            product = a * b
+            if mode != "rn":
+                product = by_fractions(lambda x, y: x * y, (a, b), mode, np.float64, product)
+            return inherit(product, b, a)
+
+        return double
     return lambda a, b: a * b
 
 
@@ -196,8 +215,36 @@ def _fma_function(kind: str, mode: str) -> Callable[..., Array]:
 
         return single
     if kind == "f64":
-        return lambda a, b, c: by_fractions(lambda x, y, z: x * y + z, (a, b, c), mode, np.float64, a * b + c)
+
+        def double(a: Array, b: Array, c: Array) -> Array:
+            total = by_fractions(lambda x, y, z: x * y + z, (a, b, c), mode, np.float64, a * b + c)
+            if mode == "rm":  # an exact zero of terms that differ in sign is -0
+                total = np.where(_cancels(a, b, c, total), -0.0, total)
+            return inherit(total, b, c, a)
+
+        return double
     return lambda a, b, c: add_exact(a * b, c)
+
+
+def _cancels(a: Array, b: Array, c: Array, total: Array) -> Array:
+    """Where a * b + c, rounded to `total`, is exactly zero and its terms differ in sign; float64."""
+    found = (total == 0) & ((np.signbit(a) ^ np.signbit(b)) != np.signbit(c))
+    for i in np.flatnonzero(found):
+        found[i] = Fraction(float(a[i])) * Fraction(float(b[i])) + Fraction(float(c[i])) == 0
+    return np.asarray(found)
+
+
+def _flushing(function: Callable[..., Array], exact: Callable[..., Array], mode: str) -> Callable[..., Array]:
+    """A float32 function under .ftz; exact: the float64 value that it rounds, or rounded to odd."""
+
+    def run(*values: Array) -> Array:
+        near = function(*values)
+        if (np.abs(near) == LEAST32).any():
+            lost = vanishes(exact(*map(_wide, values)), near, LEAST32, lambda x: round_to_f32(x, mode))
+            near = np.where(lost, np.copysign(np.float32(0.0), near), near)
+        return near
+
+    return run
 
 
 def _qualified(mods: Modifiers) -> tuple[str, bool, bool, bool]:
@@ -207,17 +254,53 @@ def _qualified(mods: Modifiers) -> tuple[str, bool, bool, bool]:
     return mode, ftz, mods.take("sat"), mods.take("relu")
 
 
+def _zero_outside(context: Context, kind: str, fma: Step) -> Step:
+    """fma.oob: +0 where a factor is the NaN that TMA puts out of bounds, of either sign (PTX ISA 9.7.4.4).
+
+    The addend does not count, nor do other NaNs: recorded from an H100 (tests/emulator/hardware, float/oob).
+    """
+    carrier = _CARRIER[kind]
+    d, *sources = context.operands(4)
+    destination, rows = context.destination(d, carrier), [context.source(o, carrier) for o in sources[:2]]
+
+    def step(w: Split) -> None:
+        outside = np.logical_or.reduce([(w.r[U][row].view(np.uint16) & 0x7FFF) == _OUTSIDE for row in rows])
+        fma(w)
+        halves = w.r[U][destination].view(np.uint16)
+        halves[outside & np.repeat(w.mask, outside.size // 32)] = 0
+
+    return step
+
+
+def _minus(plus: Callable[..., Array], kind: str) -> Callable[..., Array]:
+    if kind == "f64":  # the sign of a NaN stays
+        return lambda a, b: plus(a, np.where(np.isnan(b), b, -b))
+    return lambda a, b: plus(a, -b)
+
+
 def _binary(name: str) -> Builder:
     def build(context: Context, mods: Modifiers) -> Step:
         mode, ftz, sat, relu = _qualified(mods)
+        outside = name == "fma" and not (ftz or sat or relu) and mods.take("oob")
+        relu = relu or (outside and mods.take("relu"))
         kind = mods.choice(_FLOATS)
         _check(mods, kind, mode, ftz, sat, relu, name == "fma")
+        if outside:
+            if not kind.startswith(("f16", "bf16")):
+                raise mods.fail()
+            return _zero_outside(context, kind, _elementwise(context, kind, 3, _fma_function(kind, mode), ftz, sat, relu))
         if name == "fma":
-            return _elementwise(context, kind, 3, _fma_function(kind, mode), ftz, sat, relu)
+            fused = _fma_function(kind, mode)
+            if ftz and kind == "f32":
+                fused = _flushing(fused, lambda a, b, c: add_exact(a * b, c), mode)
+            return _elementwise(context, kind, 3, fused, ftz, sat, relu)
         if name == "mul":
-            return _elementwise(context, kind, 2, _mul_function(kind, mode), ftz, sat, relu)
+            times = _mul_function(kind, mode)
+            if ftz and kind == "f32":
+                times = _flushing(times, lambda a, b: a * b, mode)
+            return _elementwise(context, kind, 2, times, ftz, sat, relu)
         plus = _add_function(kind, mode)
-        function = plus if name == "add" else lambda a, b: plus(a, -b)
+        function = plus if name == "add" else _minus(plus, kind)
         return _elementwise(context, kind, 2, function, ftz, sat, relu)
 
     return build
@@ -259,6 +342,8 @@ def _extreme(name: str) -> Builder:
             first = (a < b) if smallest else (a > b)
             tie = (a == b) & (np.signbit(a) if smallest else ~np.signbit(a))  # -0 is less than +0
             result = np.where(first | tie | np.isnan(b), a, b)
+            if kind == "f64":
+                result = inherit(result, b, a)
             if with_nan:
                 result = np.where(np.isnan(a) | np.isnan(b), np.nan, result).astype(a.dtype)
             return np.where(sign, -np.abs(result), np.abs(result)) if xorsign else result
@@ -270,23 +355,30 @@ def _extreme(name: str) -> Builder:
 
 
 def _sign_bits(name: str) -> Builder:
-    """abs and neg work on the bits, so that a NaN keeps its payload."""
+    """abs and neg; a NaN becomes the canonical one, in float64 a quiet one with its sign (an H100's; PTX leaves it open)."""
 
     def build(context: Context, mods: Modifiers) -> Step:
         ftz = mods.take("ftz")
         kind = mods.choice(_FLOATS[:6])
-        bits = {"f32": 32, "f64": 64, "f16": 16, "bf16": 16}.get(kind, 32)
         carrier = _CARRIER.get(kind, kind)
         d, a = context.operands(2)
         destination, source = context.destination(d, carrier), context.source(a, carrier)
-        sign = 0x80008000 if kind.endswith("x2") else 1 << (bits - 1)
-        word = np.array(sign, dtype=f"u{bits // 8}")
+        bits, mantissa = {"f32": (32, 23), "f64": (64, 52), "f16": (16, 10), "bf16": (16, 7)}[kind.removesuffix("x2")]
+        word = np.dtype(f"u{bits // 8}").type
+        sign, quiet = word(1 << (bits - 1)), word(1 << (mantissa - 1))
+        infinity = sign - word(1 << mantissa)
 
         def step(w: Split) -> None:
-            values = w.r[U][source]
-            if ftz and kind == "f32":
-                values = flush(w.r[F][source]).view(np.uint32)
-            np.copyto(w.r[U][destination], values ^ word if name == "neg" else values & ~word, where=w.mask)
+            row = w.r[U][source]
+            values = row.view(word)
+            magnitude = values & ~sign
+            if ftz:
+                values = np.where(magnitude < word(1 << mantissa), values & sign, values)
+            result = values ^ sign if name == "neg" else values & ~sign
+            nan = magnitude > infinity
+            if nan.any():
+                result = np.where(nan, values | quiet if kind == "f64" else ~sign, result)
+            np.copyto(w.r[U][destination], result.view(row.dtype), where=w.mask)
 
         return step
 
@@ -317,7 +409,7 @@ def _testp(context: Context, mods: Modifiers) -> Step:
         "infinite": np.isinf,
         "number": lambda x: ~np.isnan(x),
         "notanumber": np.isnan,
-        "normal": lambda x: np.isfinite(x) & (np.abs(x) >= least),
+        "normal": lambda x: np.isfinite(x) & ((np.abs(x) >= least) | (x == 0)),  # zeros are (PTX ISA 9.7.3.1)
         "subnormal": lambda x: (np.abs(x) < least) & (x != 0),
     }
     function = tests[test]
@@ -351,10 +443,40 @@ def _div(context: Context, mods: Modifiers) -> Step:
         raise mods.fail()
     if form in ("rz", "rm", "rp"):
         real = np.float32 if kind == "f32" else np.float64
-        return _elementwise(
-            context, kind, 2, lambda a, b: by_fractions(lambda x, y: x / y, (a, b), form, real, a / b), ftz, False, False
-        )
-    return _elementwise(context, kind, 2, lambda a, b: a / b, ftz, False, False)
+
+        def function(a: Array, b: Array) -> Array:
+            return by_fractions(lambda x, y: x / y, (a, b), form, real, a / b)
+    else:
+        function = _fast_divide if form == "approx" else lambda a, b: a / b
+    if kind == "f64":
+        plain = function
+        function = lambda a, b: inherit(plain(a, b), a, b)  # noqa: E731
+    elif ftz and form in _MODES:
+        function = _flushing(function, lambda a, b: a / b, form)
+    return _elementwise(context, kind, 2, function, ftz, False, False)
+
+
+def _fast_divide(a: Array, b: Array) -> Array:
+    """div.approx: as a * (1 / b), whose reciprocal of a huge b is zero (PTX ISA 9.7.3.8)."""
+    huge = (np.abs(b) > np.float32(2.0**126)) & np.isfinite(b)
+    return np.where(huge, a * np.copysign(np.float32(0.0), b), a / b)
+
+
+def _gross(context: Context, function: Callable[[Array], Array]) -> Step:
+    """rcp.approx.ftz.f64 and rsqrt.approx.ftz.f64: of the upper 32 bits, to the upper 32 bits (PTX ISA 9.7.3.14, 9.7.3.17)."""
+    d, a = context.operands(2)
+    destination, source = context.destination(d, "f64"), context.source(a, "f64")
+    upper = np.uint64(0xFFFFFFFF00000000)
+
+    def flat(x: Array) -> Array:
+        return np.where(np.abs(x) < 2.0**-1022, np.copysign(0.0, x), x)
+
+    def step(w: Split) -> None:
+        value = flat(function(flat((w.r[U][source] & upper).view(np.float64))))
+        bits = np.where(np.isnan(value), np.uint64(0x7FFFFFFF00000000), value.view(np.uint64) & upper)
+        np.copyto(w.r[U][destination], bits, where=w.mask)
+
+    return step
 
 
 def _reciprocal(root: bool) -> Builder:
@@ -362,6 +484,8 @@ def _reciprocal(root: bool) -> Builder:
         form = mods.choice(("approx", *_MODES))
         ftz = mods.take("ftz")
         kind = mods.choice(("f32", "f64"))
+        if kind == "f64" and form == "approx" and ftz and not root:
+            return _gross(context, lambda a: 1.0 / a)
         if kind == "f64" and (form == "approx" or ftz):
             raise mods.fail()
         real = np.float32 if kind == "f32" else np.float64
@@ -379,6 +503,12 @@ def _reciprocal(root: bool) -> Builder:
 
 def _tanh(x: Array) -> Array:
     return np.tanh(x)
+
+
+def _half_exp2(x: Array) -> Array:
+    """ex2.approx.f16: subnormal results are cut off, not rounded, as on an H100."""
+    y = np.exp2(x)
+    return np.where(y < 2.0**-14, np.floor(y * 2.0**24) * 2.0**-24, y)
 
 
 _APPROXIMATE: dict[str, tuple[Callable[[Array], Array], tuple[str, ...]]] = {
@@ -399,10 +529,14 @@ def _approximate(name: str) -> Builder:
             raise mods.fail()
         ftz = mods.take("ftz")
         kind = mods.choice(kinds)
-        if (ftz and kind in ("f16", "f16x2", "f64")) or (name == "ex2" and kind.startswith("bf16") and not ftz):
+        if ftz and kind == "f64":
+            return _gross(context, function)
+        if (ftz and kind in ("f16", "f16x2")) or (name == "ex2" and kind.startswith("bf16") and not ftz):
             raise mods.fail()
         if kind == "f32":
             return _elementwise(context, kind, 1, lambda a: function(_wide(a)).astype(np.float32), ftz, False, False)
+        if name == "ex2" and kind.startswith("f16"):
+            return _elementwise(context, kind, 1, _half_exp2, ftz, False, False)
         return _elementwise(context, kind, 1, function, ftz, False, False)
 
     return build

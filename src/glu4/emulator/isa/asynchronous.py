@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glu4.emulator.async_queue import Operation
-from glu4.emulator.clocks import ASYNC, KNOWN, Message
+from glu4.emulator.async_queue import Operation, Work
+from glu4.emulator.clocks import ASYNC, COPY, KNOWN, Message
 from glu4.emulator.hazards import VIA_ASYNC, Origin
 from glu4.emulator.isa.registry import Context
 from glu4.emulator.memory import Block
@@ -27,7 +27,7 @@ READS, WRITES, COPIES, PRODUCTS = "bulk reads", "bulk writes", "cp.async", "wgmm
 class Issue:
     """One asynchronous operation at its issue. proxy: ASYNC, or KNOWN where the generic proxy does the work."""
 
-    __slots__ = ("clock", "context", "flags", "machine", "monitor", "origin", "proxy", "warp")
+    __slots__ = ("clock", "context", "flags", "issued", "machine", "monitor", "origin", "proxy", "warp")
 
     def __init__(self, w: Split, context: Context, lanes: NDArray[Any] | None = None, proxy: int = ASYNC) -> None:
         self.warp = w.warp
@@ -36,6 +36,7 @@ class Issue:
         self.monitor = self.machine.monitor
         self.origin = Origin(context.instruction, w.warp, w.mask if lanes is None else lanes)
         self.clock = w.clock.copy()
+        self.issued = (w.warp.entity, w.warp.time)
         w.warp.tick(w)  # what the issuer does from now on is not before the operation
         self.proxy = proxy
         self.flags = VIA_ASYNC if proxy == ASYNC else 0
@@ -43,7 +44,7 @@ class Issue:
     def access(self, block: Block, index: Index, unit: int, entity: int, time: int, write: bool, read: bool = False) -> None:
         """An access that others may rely on once they know of (entity, time)."""
         if block.writes.size:
-            number = self.monitor.record(self.origin, entity, time, block, index, unit, self.flags)
+            number = self.monitor.record(self.origin, entity, time, block, index, unit, self.flags, self.issued)
             self.monitor.access(number, self.clock, self.proxy, write, read)
 
     def message(self) -> Message:
@@ -56,8 +57,8 @@ class Issue:
     def report(self, kind: str, message: str, address: str | None = None) -> None:
         self.monitor.report(kind, message, self.origin, address)
 
-    def submit(self, name: str, run: Any, after: tuple[Operation, ...] = ()) -> Operation:
-        operation = Operation(name, self.origin, run, after)
+    def submit(self, name: str, run: Any, after: tuple[Operation, ...] = (), work: Work | None = None) -> Operation:
+        operation = Operation(name, self.origin, run, after, work)
         self.machine.submit(operation)
         return operation
 
@@ -97,26 +98,36 @@ class Groups:
             for operation in waiting:
                 operation.waiters.append(w)
             return w.block(Wait(f"{what}: {len(waiting)} operations in flight"))
-        for group in [g for g in self.members if g <= last]:
+        over = [g for g in self.members if g <= last]
+        recorder = w.warp.cta.machine.recorder
+        if recorder is not None and over:
+            recorder.waited_for(w, [o for g in over for o in self.members[g]], f"{what} {pending}")
+        for group in over:
             del self.members[group]
         return False
 
-    @property
-    def unwaited(self) -> list[Operation]:
-        """Operations that no wait covered, done or not."""
-        return [o for ops in (*self.members.values(), self.open) for o in ops]
+    def unwaited(self, seen: int = 0) -> list[Operation]:
+        """Operations that no wait covered, done or not, of groups after `seen`."""
+        return [o for g, ops in self.members.items() if g > seen for o in ops] + self.open
 
     @property
     def unfinished(self) -> list[Operation]:
         return [o for ops in (*self.members.values(), self.open) for o in ops if not o.done]
 
 
+def _seen(warp: Warp) -> int:
+    """The last group of cp.async of which a thread of the cluster knew when it exited, through an mbarrier."""
+    known, entity = warp.cta.cluster.exit_known, warp.entity + COPY
+    return int(known[entity]) if entity < known.size else 0
+
+
 def check_exit(warp: Warp) -> None:
     """Groups that a warp never waited for before its last thread exited."""
     for name in (READS, COPIES, PRODUCTS):
         groups = warp.extra.get(name)
-        if isinstance(groups, Groups) and groups.unwaited:
-            origin = groups.unwaited[0].origin
+        left = groups.unwaited(_seen(warp) if name == COPIES else 0) if isinstance(groups, Groups) else []
+        if left:
+            origin = left[0].origin
             what = {
                 READS: "its source in shared memory may be read",
                 COPIES: "shared memory may be written",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from glu4.emulator.formats import decode, encode
 from glu4.emulator.isa.access import Fault, addresses, fault, locate, touch
 from glu4.emulator.isa.memory import acquire, gather, release
 from glu4.emulator.isa.registry import Builder, Context, Modifiers, Step, U
+from glu4.emulator.isa.rounding import canonical, flush, inherit
 from glu4.emulator.ptx.module import SIZES, Operand
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ _OPERATIONS = ("and", "or", "xor", "cas", "exch", "add", "inc", "dec", "min", "m
 _TYPES = ("b16", "b32", "b64", "b128", "u32", "u64", "s32", "s64", "f32", "f64", "f16", "f16x2", "bf16", "bf16x2")
 _LEGAL = {
     "and": ("b32", "b64"), "or": ("b32", "b64"), "xor": ("b32", "b64"),
-    "cas": ("b16", "b32", "b64"), "exch": ("b32", "b64"),
+    "cas": ("b16", "b32", "b64", "b128"), "exch": ("b32", "b64", "b128"),
     "add": ("u32", "u64", "s32", "s64", "f32", "f64", "f16", "f16x2", "bf16", "bf16x2"),
     "inc": ("u32",), "dec": ("u32",),
     "min": ("u32", "u64", "s32", "s64", "f16", "f16x2", "bf16", "bf16x2"),
@@ -34,8 +36,12 @@ _LEGAL = {
 Combine = Callable[[Any, Any], Any]
 
 
-def combiner(operation: str, kind: str) -> Combine:
-    """A function on two unsigned NumPy scalars or arrays of `kind`'s width: (old, operand) to new."""
+def combiner(operation: str, kind: str, where: str = "bulk") -> Combine:
+    """A function on two unsigned NumPy scalars of `kind`'s width: (old, operand) to new.
+
+    where: "global" or "shared" memory, or "bulk" of a bulk reduction. Only atom and red of float32 in global memory flush
+    subnormal numbers (PTX ISA 9.7.13.5, and an H100 for bulk reductions).
+    """
     bits = SIZES[kind]
     unsigned = np.dtype(f"u{bits // 8}")
     if kind in ("f16x2", "bf16x2"):
@@ -47,9 +53,10 @@ def combiner(operation: str, kind: str) -> Combine:
             return np.uint32(int(low) | int(high) << 16)
 
         return packed
-    if kind in ("f32", "f64"):
-        real = np.dtype(f"f{bits // 8}")
-        return lambda a, b: (np.asarray(a).view(real) + np.asarray(b).view(real)).view(unsigned)
+    if kind == "f32":
+        return _flushed_sum if where == "global" else _single_sum
+    if kind == "f64":
+        return _double_sum_shared if where == "shared" else _double_sum
     if kind in ("f16", "bf16"):
         return _half(operation, kind)
     signed = np.dtype(f"i{bits // 8}")
@@ -70,13 +77,37 @@ def combiner(operation: str, kind: str) -> Combine:
     return table[operation]
 
 
+def _single_sum(a: Any, b: Any) -> Any:
+    return canonical(np.atleast_1d(a).view(np.float32) + np.atleast_1d(b).view(np.float32)).view(np.uint32)[0]
+
+
+def _flushed_sum(a: Any, b: Any) -> Any:
+    x, y = flush(np.atleast_1d(a).view(np.float32)), flush(np.atleast_1d(b).view(np.float32))
+    return canonical(flush(x + y)).view(np.uint32)[0]
+
+
+def _double_sum(a: Any, b: Any) -> Any:
+    """In global memory a NaN stays as it is, the operand's before the old one: as on an H100; PTX leaves it open."""
+    x, y = np.atleast_1d(a).view(np.float64), np.atleast_1d(b).view(np.float64)
+    if np.isnan(y[0]) or np.isnan(x[0]):
+        return np.uint64(b if np.isnan(y[0]) else a)
+    return inherit(x + y).view(np.uint64)[0]
+
+
+def _double_sum_shared(a: Any, b: Any) -> Any:
+    x, y = np.atleast_1d(a).view(np.float64), np.atleast_1d(b).view(np.float64)
+    return inherit(x + y, x, y).view(np.uint64)[0]
+
+
 def _half(operation: str, kind: str) -> Combine:
     def run(a: Any, b: Any) -> Any:
         x, y = float(decode(kind, np.uint32(a))), float(decode(kind, np.uint32(b)))
         if operation == "add":
             value = x + y
-        else:
-            value = float((np.fmin if operation == "min" else np.fmax)(x, y))
+        elif math.isnan(x) or math.isnan(y):
+            value = y if math.isnan(x) else x
+        else:  # -0 is less than +0
+            value = (min if operation == "min" else max)(x, y, key=lambda v: (v, math.copysign(1.0, v)))
         return np.uint16(encode(kind, np.asarray(value)))
 
     return run
@@ -102,7 +133,7 @@ def _one(combine: Combine | None, count: int) -> Callable[..., Any]:
         old = view[index].copy()
         if combine is None:
             assert new is not None
-            if old == values[position]:
+            if np.array_equal(old, values[position]):
                 view[index] = new[position]
         elif count == 1:
             view[index] = combine(old, values[position])
@@ -134,16 +165,18 @@ def _atom(context: Context, mods: Modifiers) -> Step:
     third = context.source(operands.pop(0), carrier) if operation == "cas" else None
     if len(operands) > policy:
         raise context.error("too many operands")
-    size = SIZES[kind] // 8
+    wide = kind == "b128"  # as two elements of 64 bits
+    size, count = (8, 2) if wide else (SIZES[kind] // 8, count)
     unit = size * count
     find = locate(space, unit)
-    combine = combiner(operation, kind) if operation != "cas" else None
-
-    one = _one(combine, count)
+    updates = [
+        _one(None if operation == "cas" else combiner(operation, "b64" if wide else kind, where), count)
+        for where in ("global", "shared")
+    ]
 
     def step(w: Split) -> None:
         at = place(w)
-        values = gather(w, rows, size)
+        values = gather(w, rows, size, wide)
         new = None if third is None else w.r[U][third][w.mask]
         result = np.zeros((at.size, count), dtype=f"u{size}")
         try:
@@ -152,13 +185,16 @@ def _atom(context: Context, mods: Modifiers) -> Step:
                 raise Fault("out of bounds", f"outside {block.name}", int(at[0]))
         except Fault:
             for position, (block, single) in fault(w, context, space, at, unit):
-                result[position] = one(block.view(size, count), int(single[0]), position, values, new)
+                result[position] = updates[block.space == "shared"](
+                    block.view(size, count), int(single[0]), position, values, new
+                )
         else:
             keys = {(block.name, i * unit) for i in index.tolist()}
             for key in keys if returns else ():
                 acquire(w, key, order not in ("acquire", "acq_rel"))
             view = block.view(size, count)
             before = view[index]
+            one = updates[block.space == "shared"]
             for position, i in enumerate(index.tolist()):
                 result[position] = one(view, i, position, values, new)
             changed = operation != "cas" or not np.array_equal(view[index], before)
@@ -169,7 +205,7 @@ def _atom(context: Context, mods: Modifiers) -> Step:
                 for key in keys:
                     release(w, key, order not in ("release", "acq_rel"), True)
         for k, row in enumerate(destinations):
-            w.r[U][row][w.mask] = result[:, k]
+            w.r[U][row][w.mask] = result if wide else result[:, k]
 
     return step
 

@@ -185,13 +185,18 @@ def _prmt(context: Context, mods: Modifiers) -> Step:
     return computed(context, ("b32",) * 4, function)
 
 
+def _field(x: Array, bits: int) -> Array:
+    """A position or length of bfe and bfi: its low 8 bits (PTX ISA 9.7.1.19), in 64-bit forms all of it, as on an H100."""
+    return np.minimum(x & 0xFF if bits == 32 else x, 0xFF).astype(np.int64)
+
+
 def _bfe(context: Context, mods: Modifiers) -> Step:
     kind = mods.choice(("u32", "u64", "s32", "s64"))
     bits = SIZES[kind]
     word = np.dtype(f"u{bits // 8}").type
 
     def function(a: Array, b: Array, c: Array) -> Array:
-        start, length = (b & 0xFF).astype(np.int64), (c & 0xFF).astype(np.int64)
+        start, length = _field(b, bits), _field(c, bits)
         x = a.view(np.dtype(f"u{bits // 8}"))
         shifted = np.where(start >= bits, word(0), x >> np.minimum(start, bits - 1).astype(x.dtype))
         mask = np.where(length >= bits, ~word(0), (word(1) << np.minimum(length, bits - 1).astype(x.dtype)) - word(1))
@@ -215,7 +220,7 @@ def _bfi(context: Context, mods: Modifiers) -> Step:
     word = np.dtype(f"u{bits // 8}").type
 
     def function(a: Array, b: Array, c: Array, d: Array) -> Array:
-        start, length = (c & 0xFF).astype(np.int64), (d & 0xFF).astype(np.int64)
+        start, length = _field(c, bits), _field(d, bits)
         mask = np.where(length >= bits, ~word(0), (word(1) << np.minimum(length, bits - 1).astype(a.dtype)) - word(1))
         inside = start < bits
         at = np.minimum(start, bits - 1).astype(a.dtype)

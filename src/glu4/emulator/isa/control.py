@@ -7,15 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glu4.emulator.clocks import ACQUIRED, FENCED, INIT, KNOWN
-from glu4.emulator.flow import reads_and_writes
+from glu4.emulator.clocks import FENCED, INIT, KNOWN, PREVIOUS_GRID
 from glu4.emulator.hazards import Origin
 from glu4.emulator.isa.registry import Builder, Context, Modifiers, Step, U
 from glu4.emulator.lanes import NONE
 from glu4.emulator.ptx.module import Label, OperandList, Symbol
 from glu4.emulator.split import Frame, Split, Wait
 
-__all__ = ["INSTRUCTIONS", "aligned", "guarded", "join_step", "off_the_end"]
+__all__ = ["INSTRUCTIONS", "aligned", "fence_generic", "guarded", "join_step", "off_the_end"]
 
 EXIT = -1
 _SCOPES = ("cta", "cluster", "gpu", "sys")
@@ -45,38 +44,6 @@ def guarded(context: Context, step: Step) -> Step:
             w.set_mask(mask)
 
     return run
-
-
-def watched(context: Context, step: Step, in_flight: set[int]) -> Step:
-    """The step, reporting registers that an operation in flight still uses."""
-    instruction = context.instruction
-    if not in_flight or instruction.opcode == "wgmma":
-        return step
-    reads, writes = reads_and_writes(instruction)
-    touched = (reads | writes) & in_flight
-    if not touched:
-        return step
-
-    def run(w: Split) -> Any:
-        pending = w.frame.pending
-        if pending:
-            for row in touched:
-                if row in pending:
-                    group, how = pending[row]
-                    if how == "load":  # a register dependency on tcgen05.ld is respected (PTX ISA 9.7.16.6.4.5)
-                        w.warp.cta.machine.complete(w.frame.loads[group])
-                    elif row in writes or how == "write":
-                        name = context.function.function.registers[row].name
-                        verb = "writes" if row in writes else "reads"
-                        _report(w, context, "register in flight", f"{verb} {name}, which an operation in flight {_uses(how)}")
-                        break
-        return step(w)
-
-    return run
-
-
-def _uses(how: str) -> str:
-    return "will write" if how == "write" else "has yet to read"
 
 
 def _taken(context: Context) -> Any:
@@ -360,6 +327,10 @@ def _arrive(w: Split, context: Context, which: int, count: int, is_aligned: bool
     barrier.expected = count
     barrier.origin = Origin(context.instruction, w.warp, w.mask)
     barrier.release(w, w.warp.release(w))
+    recorder, phase = cta.machine.recorder, barrier.phase
+    key = ("barrier", cta.cluster.number, cta.rank, which)
+    if recorder is not None:
+        recorder.arrived(w, key, f"barrier {which}", phase)
     operation, values, finish = reduction
     if operation:
         active = values[w.mask]
@@ -373,6 +344,8 @@ def _arrive(w: Split, context: Context, which: int, count: int, is_aligned: bool
     if wait:
         barrier.waiting.append((w, finish if operation else None))
         w.block(Wait(f"barrier {which}"))
+        if recorder is not None:
+            recorder.awaits(w, key, phase)
     if count and barrier.arrived > count:
         _report(w, context, "barrier misuse", f"{barrier.arrived} threads arrive at barrier {which} of {count}")
     if barrier.arrived >= (count or cta.alive):
@@ -398,6 +371,8 @@ def _cluster_barrier(context: Context, mods: Modifiers) -> Step:
             return
         arrived[w.mask] = barrier.phase
         barrier.arrived += int(np.count_nonzero(w.mask))
+        if warp.cta.machine.recorder is not None:
+            warp.cta.machine.recorder.arrived(w, ("cluster", cluster.number), "the cluster's barrier", barrier.phase)
         barrier.release(w, warp.release(w, FENCED if order == "relaxed" else KNOWN))
         cluster.check_barrier()
 
@@ -417,6 +392,8 @@ def _cluster_barrier(context: Context, mods: Modifiers) -> Step:
                 w.clock.receive(message)
             w.clock.merge_foreign(foreign)
             warp.met()
+            if warp.cta.machine.recorder is not None:
+                warp.cta.machine.recorder.waited(w, ("cluster", warp.cta.cluster.number), phase)
             return None
         w.pc -= 1
         barrier.waiting.append((w, None))
@@ -450,13 +427,12 @@ def _fence(context: Context, mods: Modifiers) -> Step:
         mods.choice(("sync_restrict::shared::cta", "sync_restrict::shared::cluster"))
     mods.choice(_SCOPES)
     context.operands(0)
-    return lambda w: _fence_generic(w, order)
+    return lambda w: fence_generic(w, order)
 
 
-def _fence_generic(w: Split, order: str) -> None:
-    rows = w.clock.rows
+def fence_generic(w: Split, order: str) -> None:
     if order != "release":
-        np.maximum(rows[KNOWN : KNOWN + 2], rows[ACQUIRED : ACQUIRED + 2], out=rows[KNOWN : KNOWN + 2])
+        w.clock.acquire_fence()
     if order != "acquire":
         w.warp.fence_release(w)
 
@@ -469,16 +445,11 @@ def _fence_init(w: Split) -> None:
 
 def _fence_proxy(context: Context, mods: Modifiers) -> Step:
     if mods.take("tensormap::generic"):
-        order = mods.choice(("acquire", "release"))
-        mods.choice(_SCOPES)
-        if order == "acquire":
-            place, size = context.operands(2)
-            context.address(place)
-            if context.literal(size) != 128:
-                raise context.error("the size must be 128")
-        return lambda w: _fence_generic(w, order)
+        from glu4.emulator.isa import tensormap
+
+        return tensormap.fence(context, mods)
     if mods.take("async::generic"):
-        order = mods.choice(("acquire", "release"))
+        mods.choice(("acquire", "release"))
         mods.choice(("sync_restrict::shared::cta", "sync_restrict::shared::cluster"))
         mods.choice(("cluster",))
         context.operands(0)
@@ -497,7 +468,7 @@ def _membar(context: Context, mods: Modifiers) -> Step:
         return _fence_proxy(context, mods)
     mods.choice(("cta", "gl", "sys"))
     context.operands(0)
-    return lambda w: _fence_generic(w, "sc")
+    return lambda w: fence_generic(w, "sc")
 
 
 # the rest
@@ -514,8 +485,10 @@ def _setmaxnreg(context: Context, mods: Modifiers) -> Step:
 
 
 def _griddepcontrol(context: Context, mods: Modifiers) -> Step:
-    mods.choice(("launch_dependents", "wait"))
+    action = mods.choice(("launch_dependents", "wait"))
     context.operands(0)
+    if action == "wait":  # all of the grid in front is visible from here on (PTX ISA 9.7.13.13)
+        return lambda w: w.clock.know(PREVIOUS_GRID, 1)
     return lambda w: None
 
 

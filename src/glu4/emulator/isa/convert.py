@@ -10,7 +10,19 @@ from numpy.typing import NDArray
 
 from glu4.emulator.formats import convert_packed, encode
 from glu4.emulator.isa.registry import Builder, Context, F, Modifiers, S, Step, U
-from glu4.emulator.isa.rounding import bf16_bits, bf16_values, canonical, flush, round_to_f32, saturate, to_odd, two_sum
+from glu4.emulator.isa.rounding import (
+    LEAST32,
+    bf16_bits,
+    bf16_values,
+    canonical,
+    flush,
+    quiet,
+    round_to_f32,
+    saturate,
+    to_odd,
+    two_sum,
+    vanishes,
+)
 from glu4.emulator.ptx.module import SIZES
 
 __all__ = ["INSTRUCTIONS"]
@@ -53,8 +65,8 @@ def _cvt(context: Context, mods: Modifiers) -> Step:
     return _floats(context, mods, to, kind, rounding, ftz, sat)
 
 
-def _scalar(context: Context, to: str, kind: str, function: Callable[[Any], Array]) -> Step:
-    """d = function(values of a); the result is the bits or the value of d, cast to d's width.
+def _scalar(context: Context, to: str, kind: str, function: Callable[[Any], Array], raw: bool = False) -> Step:
+    """d = function(values of a); the result is the bits or the value of d, cast to d's width. raw: of the bits of a.
 
     Integers wider than their type are cut on reading and extended on writing.
     """
@@ -62,7 +74,7 @@ def _scalar(context: Context, to: str, kind: str, function: Callable[[Any], Arra
     destination, _ = context.wide_destination(d, _CARRIER.get(to, to))
     source, _ = context.wide_source(a, _CARRIER.get(kind, kind))
     view = S if to[0] == "s" else F if to in ("f32", "f64") else U
-    read = _reader(kind)
+    read: Callable[[Any, int], Array] = (lambda w, row: w.r[U][row]) if raw else _reader(kind)
     narrow = np.dtype(f"{'i' if to[0] == 's' else 'u'}{SIZES[to] // 8}") if to in _INTEGERS else None
 
     def step(w: Any) -> None:
@@ -88,6 +100,8 @@ def _reader(kind: str) -> Callable[[Any, int], Array]:
         return lambda w, row: bf16_values(w.r[U][row].astype(np.uint16))
     if kind == "f16":
         return lambda w, row: w.r[U][row].astype(np.uint16).view(np.float16).astype(np.float64)
+    if kind == "f32":  # of a wider register the low half (PTX ISA 9.4.1)
+        return lambda w, row: w.r[U][row].astype(np.uint32).view(np.float32)
     return lambda w, row: w.r[F][row]
 
 
@@ -145,8 +159,9 @@ def _halves(a: Array) -> tuple[Array, Array]:
 def _from_integer(context: Context, to: str, kind: str, rounding: str, sat: bool) -> Step:
     def function(a: Array) -> Array:
         if to == "f64":
-            if a.dtype.itemsize < 8:
-                return a.astype(np.float64)
+            if a.dtype.itemsize < 8 or sat:
+                value = a.astype(np.float64)
+                return saturate(value) if sat else value
             s, e = _halves(a)
             wrong = {"rn": np.zeros(s.shape, bool), "rz": (s > 0) != (e > 0), "rm": e < 0, "rp": e > 0}[rounding] & (e != 0)
             target = {"rz": 0.0, "rm": -np.inf, "rp": np.inf}.get(rounding, 0.0)
@@ -155,7 +170,7 @@ def _from_integer(context: Context, to: str, kind: str, rounding: str, sat: bool
         if to == "f32":
             value = round_to_f32(x, rounding)
             return saturate(value) if sat else value
-        return encode(to, x, rounding)  # type: ignore[arg-type]
+        return encode(to, saturate(x) if sat else x, rounding)  # type: ignore[arg-type]
 
     return _scalar(context, to, kind, function)
 
@@ -173,17 +188,23 @@ def _floats(context: Context, mods: Modifiers, to: str, kind: str, rounding: str
     mode = rounding if whole is None and rounding else "rn"
     direct = mode == "rn" and not sat
 
+    # what of a NaN reaches the result, and that float16 is made of subnormal numbers too, is as on an H100: PTX leaves it open
+    if kind == "bf16" and to == "f32" and not (ftz or sat):
+        return _scalar(context, to, kind, lambda a: (a.astype(np.uint32) << np.uint32(16)).view(np.float32), raw=True)
+
     def function(a: Array) -> Array:
-        x = flush(a) if ftz and kind == "f32" else a
+        x = canonical(flush(a)) if ftz and kind == "f32" and to != "f16" else a
         if whole is not None:
             x = whole(x)
         if to == "f64":
-            value = x.astype(np.float64)
+            value = quiet(x.astype(np.float64))
             return saturate(value) if sat else value
         if to == "f32":
-            single = x if kind == "f32" else round_to_f32(x.astype(np.float64), mode)
+            single = x if kind == "f32" else _single(x, mode, ftz)
             single = flush(single) if ftz else single
-            return saturate(single) if sat else canonical(single)
+            return saturate(single) if sat else single if kind == "f64" else canonical(single)
+        if kind == "f64" and not sat:
+            return np.where(np.isnan(x), _short_nan(x, to), encode(to, x, mode))  # type: ignore[arg-type]
         if direct and to == "f16":
             half = x.astype(np.float16)
             return np.where(np.isnan(half), np.uint16(0x7FFF), half.view(np.uint16))
@@ -195,11 +216,34 @@ def _floats(context: Context, mods: Modifiers, to: str, kind: str, rounding: str
     return _scalar(context, to, kind, function)
 
 
+def _single(x: Array, mode: str, ftz: bool) -> Array:
+    near = round_to_f32(x.astype(np.float64), mode)
+    if ftz:
+        lost = vanishes(x, near, LEAST32, lambda y: round_to_f32(y, mode))
+        near = np.where(lost, np.copysign(np.float32(0.0), near), near)
+    return near
+
+
+def _short_nan(x: Array, to: str) -> Array:
+    """The sign and the upper payload of float64 NaNs as f16 or bf16, quiet."""
+    bits = np.ascontiguousarray(x).view(np.uint64) >> np.uint64(42 if to == "f16" else 45)
+    quiet_bits, payload = (0x7E00, 0x1FF) if to == "f16" else (0x7FC0, 0x3F)
+    sign = np.where(np.signbit(x), 0x8000, 0)
+    return (sign | quiet_bits | (bits & np.uint64(payload)).astype(np.int64)).astype(np.uint16)
+
+
 def _narrow(context: Context, mods: Modifiers, to: str, kind: str, rounding: str, satfinite: bool, relu: bool) -> Step:
     legal = ("rn", "rz", "rna") if to == "tf32" else ("rn", "rz")
     if kind != "f32" or to not in ("f16", "bf16", "tf32") or rounding not in legal or (rounding == "rna" and relu):
         raise mods.fail()
-    return _scalar(context, to, kind, lambda a: encode(to, a, rounding, satfinite=satfinite, relu=relu))  # type: ignore[arg-type]
+
+    def function(a: Array) -> Array:
+        codes = encode(to, a, rounding, satfinite=satfinite, relu=relu)  # type: ignore[arg-type]
+        if rounding == "rna":  # of a NaN the low bits are cut off, as on an H100
+            codes = np.where(np.isnan(a), a.view(np.uint32) & np.uint32(0xFFFFE000), codes)
+        return codes
+
+    return _scalar(context, to, kind, function)
 
 
 def _packed(context: Context, mods: Modifiers, to: str, kind: str, rounding: str, satfinite: bool, relu: bool) -> Step:
@@ -247,27 +291,27 @@ def _fast_f16(x: Array) -> Array:
 
 
 def _cvt_pack(context: Context, mods: Modifiers) -> Step:
-    """cvt.pack.sat: two s32 saturated and packed, above the lower part of c for types below 16 bits."""
+    """cvt.pack.sat: two s32 saturated and packed; below 16 bits c, shifted up, fills the rest (PTX ISA 9.7.9.22)."""
     if not mods.take("sat"):
         raise mods.fail()
-    to = mods.choice(("u16", "s16", "u8", "s8"))
+    to = mods.choice(("u16", "s16", "u8", "s8", "u4", "s4", "u2", "s2"))
     kind = mods.choice(("s32",))
+    bits = int(to[1:])
     third = mods.take("b32")
-    if third != (SIZES[to] == 8):
+    if third != (bits < 16):
         raise mods.fail()
     operands = context.operands(4 if third else 3)
     d = context.destination(operands[0], "b32")
     a, b = context.source(operands[1], kind), context.source(operands[2], kind)
     c = context.source(operands[3], "b32") if third else None
-    low, high = _range(to)
-    bits = SIZES[to]
+    low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if to[0] == "s" else (0, (1 << bits) - 1)
     mask = (1 << bits) - 1
 
     def step(w: Any) -> None:
         upper, lower = (np.clip(w.r[S][row], low, high).astype(np.int64) & mask for row in (a, b))
         word = (upper << bits) | lower
         if c is not None:
-            word |= (w.r[U][c].astype(np.int64) & 0xFFFF) << 16
+            word |= w.r[U][c].astype(np.int64) << 2 * bits
         np.copyto(w.r[U][d], (word & 0xFFFFFFFF).astype(np.uint32), where=w.mask)
 
     return step

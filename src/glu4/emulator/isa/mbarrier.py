@@ -39,6 +39,7 @@ class MBarrier:
         "pending",
         "phase",
         "released",
+        "remote",
         "serial",
         "tx",
         "waiting",
@@ -57,6 +58,8 @@ class MBarrier:
         cta.extra["mbarriers"][offset] = self
         self.init = (0, 0)
         self.copied = 0  # time of the last operation that writes shared memory and completes here
+        # the last signal of each entity of other CTAs: its time, the phase it counts for, who
+        self.remote: dict[int, tuple[int, int, Origin]] = {}
         self.message: Message | None = None
         self.released: Message | None = None
         self.foreign: dict[int, Message] | None = None  # what arrivals knew of other clusters
@@ -78,6 +81,11 @@ class MBarrier:
     def report(self, message: str, origin: Origin | None) -> None:
         self.cta.machine.monitor.report("mbarrier misuse", f"{self.name}: {message}", origin)
 
+    def signalled(self, origin: Origin, entity: int, time: int) -> None:
+        """Note a signal by another CTA, which has to come before this CTA's end; (entity, time): what is known with it."""
+        if origin.warp.cta is not self.cta:
+            self.remote[entity] = (time, self.serial + 1, origin)
+
     def arrive(self, count: int, origin: Origin, message: Message | None, drop: bool = False) -> None:
         if count > self.pending:
             self.report(f"{count} arrivals where {self.pending} are expected ({self.state()})", origin)
@@ -93,6 +101,7 @@ class MBarrier:
         """expect_tx, or complete_tx with a negative size and what it releases."""
         if message is not None:
             self.message = combine(self.message, message)
+            self.signalled(origin, self.entity, self.serial + 1)
         self.tx += size
         if abs(self.tx) > _MAX_COUNT:
             self.report(f"the count of transaction bytes leaves its range ({self.tx})", origin)
@@ -101,6 +110,8 @@ class MBarrier:
     def update(self, origin: Origin) -> None:
         machine = self.cta.machine
         machine.progress += 1
+        if machine.recorder is not None:
+            machine.recorder.contribute(self)
         if not self.cta.alive and origin.warp.cta is not self.cta:
             machine.monitor.report(
                 "cluster lifetime", f"{self.name}: signalled by another CTA after its own has exited", origin
@@ -161,10 +172,17 @@ def check_exit(cta: Cta) -> None:
     for barrier in cta.mbarriers.values():
         if barrier.tx:
             barrier.report(f"the kernel ended with {barrier.tx} transaction bytes outstanding", barrier.origin)
-        known = cta.cluster.exit_known
-        if barrier.copied > (known[barrier.entity] if barrier.entity < known.size else 0):
+        if barrier.copied > _time(cta.cluster.exit_known, barrier.entity):
             message = f"{barrier.name}: threads exit without a wait for copies into shared memory"
             cta.machine.monitor.report("exit with work outstanding", message, barrier.origin)
+        for entity, (time, phase, origin) in barrier.remote.items():
+            if _time(cta.exit_known, entity) < time and _time(cta.exit_known, barrier.entity) < phase:
+                message = f"{barrier.name}: a signal of another CTA that nothing orders before the end of this one"
+                cta.machine.monitor.report("cluster lifetime", message, origin)
+
+
+def _time(known: NDArray[Any], entity: int) -> int:
+    return int(known[entity]) if entity < known.size else 0
 
 
 def _space(mods: Modifiers) -> str:
@@ -295,6 +313,7 @@ def _arrive(context: Context, mods: Modifiers, drop: bool) -> Step:
         warp = w.warp
         origin = Origin(context.instruction, warp, w.mask)
         values = None if extra is None else w.r[U][extra][w.mask].astype(np.int64)
+        now = warp.time
         message = warp.release(w, FENCED if relaxed else KNOWN)
         foreign = w.clock.foreign
         tokens = np.zeros(int(np.count_nonzero(w.mask)), dtype=np.uint64)
@@ -303,6 +322,7 @@ def _arrive(context: Context, mods: Modifiers, drop: bool) -> Step:
             if barrier is None:
                 continue
             barrier.foreign = combine_foreign(barrier.foreign, foreign)
+            barrier.signalled(origin, warp.entity, now)
             tokens[positions] = (barrier.phase << 20) | barrier.pending
             if expect:
                 assert values is not None
@@ -338,6 +358,7 @@ def _wait(context: Context, mods: Modifiers, blocking: bool) -> Step:
         groups = _each(w, where(w))
         result = np.zeros(wanted.size, dtype=np.bool_)
         open_barrier: MBarrier | None = None
+        recorder = w.warp.cta.machine.recorder
         timed_out, w.timed_out = w.timed_out, False
         for address, positions in groups:
             barrier = barrier_at(w, context, space, address)
@@ -350,6 +371,8 @@ def _wait(context: Context, mods: Modifiers, blocking: bool) -> Step:
                 if complete(barrier, value):
                     result[positions[wanted[positions] == value]] = True
                     barrier.acquire(w.clock, relaxed)
+                    if recorder is not None:
+                        recorder.acquired(w, barrier)
                 else:
                     open_barrier = barrier
         machine = w.warp.cta.machine
@@ -360,6 +383,8 @@ def _wait(context: Context, mods: Modifiers, blocking: bool) -> Step:
                 f"parity {int(wanted[0])})" if parity else "its phase)"
             )
             return w.block(Wait(text, timeout=True))
+        if recorder is not None and not result.any():
+            recorder.polled(w)
         w.r[U][predicate][w.mask] = result
         return not result.all()
 

@@ -132,7 +132,7 @@ class Context:
 
     def wide_source(self, operand: Operand, kind: str) -> tuple[int, int]:
         """As `source`, of a register at least as wide as the type (ld, st, cvt: PTX ISA 9.4.1): (row, bits)."""
-        if isinstance(operand, Register) and SIZES[operand.type] > SIZES[kind] > 1:
+        if isinstance(operand, Register) and 64 >= SIZES[operand.type] > SIZES[kind] > 1:
             return operand.index, SIZES[operand.type]
         return self.source(operand, kind), SIZES[kind]
 
@@ -149,7 +149,7 @@ class Context:
         return operand.index
 
     def wide_destination(self, operand: Operand, kind: str) -> tuple[int, int]:
-        if isinstance(operand, Register) and SIZES[operand.type] > SIZES[kind] > 1:
+        if isinstance(operand, Register) and 64 >= SIZES[operand.type] > SIZES[kind] > 1:
             return operand.index, SIZES[operand.type]
         return self.destination(operand, kind), SIZES[kind]
 

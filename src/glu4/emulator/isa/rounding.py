@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "LEAST32",
     "NAN32",
     "add_exact",
     "bf16_bits",
@@ -18,13 +19,19 @@ __all__ = [
     "by_fractions",
     "canonical",
     "flush",
+    "inherit",
+    "quiet",
     "round_to_f32",
     "saturate",
     "to_odd",
+    "vanishes",
 ]
 
 Array = NDArray[Any]
 NAN32 = np.uint32(0x7FFFFFFF)  # what float32 instructions of PTX return for a NaN
+LEAST32 = 2.0**-126  # the least normal float32
+_QUIET64 = np.uint64(1 << 51)
+_NAN64 = np.uint64(0xFFF8 << 48)  # what float64 instructions return for an invalid operation, as an H100 gives it
 _DIRECTED = ("rz", "rm", "rp")
 
 
@@ -89,6 +96,39 @@ def canonical(x: Array) -> Array:
     return x
 
 
+def inherit(result: Array, *operands: Array) -> Array:
+    """A float64 result whose NaN is that of the first of `operands` that is one, made quiet.
+
+    PTX leaves open which; the order of precedence is an H100's (tests/emulator/hardware).
+    """
+    nan = np.isnan(result)
+    if not nan.any():
+        return result
+    bits = np.where(nan, _NAN64, np.ascontiguousarray(result).view(np.uint64))
+    for x in reversed(operands):
+        bits = np.where(nan & np.isnan(x), np.ascontiguousarray(x).view(np.uint64) | _QUIET64, bits)
+    return bits.view(np.float64)
+
+
+def quiet(x: Array) -> Array:
+    """float64 with every signalling NaN made quiet."""
+    bits = np.ascontiguousarray(x).view(np.uint64)
+    result: Array = np.where(np.isnan(x), bits | _QUIET64, bits).view(np.float64)
+    return result
+
+
+def vanishes(exact: Array, near: Array, least: float, rounded: Callable[[Array], Array]) -> Array:
+    """Where .ftz flushes a result although it was rounded up to the least normal number.
+
+    Hardware rounds first, but as if exponents had no limit (an H100's mul and fma). exact: float64, `near` rounded; `rounded`
+    rounds to the type.
+    """
+    at: Array = np.abs(near) == least
+    if not at.any():
+        return at
+    return np.asarray(at & (np.abs(exact) < least) & (np.abs(rounded(exact * 256.0)) < least * 256.0))
+
+
 def bf16_values(codes: Array) -> Array:
     """uint16 codes to float64."""
     return (codes.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
@@ -139,10 +179,11 @@ def _round_fraction(exact: Fraction, mode: str, kind: Any) -> Any:
     away = mode == "rn" and (rest * 2 > unit or (rest * 2 == unit and whole % 2))
     away |= (mode == "rp" and exact > 0 and rest != 0) or (mode == "rm" and exact < 0 and rest != 0)
     total = (int(whole) + int(away)) * unit
+    sign = -1.0 if exact < 0 else 1.0  # the exact value may be too large for a float
     largest = (2 - Fraction(2) ** (1 - digits)) * Fraction(2) ** (127 if kind is np.float32 else 1023)
     if total > largest:
         inward = mode == "rz" or (mode == "rm" and exact > 0) or (mode == "rp" and exact < 0)
         total = largest if inward else Fraction(0)
         if not inward:
-            return kind(math.copysign(math.inf, exact))
-    return kind(math.copysign(float(total), exact))
+            return kind(math.copysign(math.inf, sign))
+    return kind(math.copysign(float(total), sign))

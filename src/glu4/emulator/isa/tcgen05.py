@@ -9,12 +9,13 @@ held to fences everywhere.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
-from glu4.emulator.async_queue import Operation
-from glu4.emulator.clocks import ALLOC, ASYNC, BEFORE, KNOWN, LOAD, STORE, STREAM, TENSOR
+from glu4.emulator.async_queue import Operation, Work
+from glu4.emulator.clocks import ACQUIRED, ALLOC, ASYNC, BEFORE, FENCED, KNOWN, LOAD, STORE, STREAM, TENSOR
 from glu4.emulator.hazards import VIA_ASYNC, VIA_TENSOR, Origin
 from glu4.emulator.isa import tcgen05_mma
 from glu4.emulator.isa.access import Fault, addresses, find
@@ -79,9 +80,14 @@ def _collective(context: Context, name: str, group: int, body: Any) -> Step:
             return None
         ctas = _pair(w, group)
         arrivals: dict[int, tuple[Split, int, int]] = ctas[0].extra.setdefault(("collective", name), {})
+        recorder, meeting = w.warp.cta.machine.recorder, _meeting(w, ctas, name)
         arrivals[w.warp.cta.rank] = (w, columns, extra)
         if len(arrivals) < len(ctas):
+            if recorder is not None and meeting is not None:
+                recorder.awaits(w, *meeting)
             return w.block(Wait(f"the peer CTA's {name}"))
+        if recorder is not None and meeting is not None:
+            recorder.waited(w, *meeting)
         everyone = [arrivals[c.rank] for c in ctas]
         arrivals.clear()
         if len({c for _, c, _ in everyone}) > 1:
@@ -92,6 +98,18 @@ def _collective(context: Context, name: str, group: int, body: Any) -> Step:
         return body(w, everyone, merged)
 
     return step  # type: ignore[return-value]
+
+
+def _meeting(w: Split, ctas: list[Any], name: str) -> tuple[Any, int] | None:
+    """Record an arrival where two CTAs meet: (key, number) of the meeting, None for one CTA or without a recording."""
+    recorder = w.warp.cta.machine.recorder
+    if recorder is None or len(ctas) < 2:
+        return None
+    key = ("meeting", ctas[0].cluster.number, ctas[0].rank, name)
+    counts: dict[int, int] = ctas[0].extra.setdefault(key, {})
+    number = counts[w.warp.cta.rank] = counts.get(w.warp.cta.rank, 0) + 1
+    recorder.arrived(w, key, f"{name} of both CTAs", number)
+    return key, number
 
 
 def _alloc(context: Context, mods: Modifiers, group: int) -> Step:
@@ -201,11 +219,11 @@ def _check_idle(w: Split, context: Context, memory: TensorMemory, first: int, nu
     """All accesses to columns that are given back must have happened before."""
     monitor = w.warp.cta.machine.monitor
     bits = ((1 << number) - 1) << first
-    for operation in w.warp.cta.machine.queue.pending:
+    for operation in list(w.warp.cta.machine.queue.pending):
         if operation.columns.get(memory.cta.rank, 0) & bits and operation.origin.warp.cta.cluster is memory.cta.cluster:
             monitor.report("tensor memory lifetime", f"columns {first} to {first + number - 1} are given back while in use",
                            Origin(context.instruction, w.warp, w.mask), other=monitor.describe(operation.origin))  # fmt: skip
-            return
+            w.warp.cta.machine.complete(operation)  # so that what orders the two is looked at as under other schedules
     if memory.block.writes.size:
         index = (slice(0, 128), slice(first, first + number))
         number_of = monitor.record(
@@ -309,7 +327,8 @@ def _reachable(w: Split, issue: Issue, cells: Cells) -> bool:
 
 def _track(w: Split, issue: Issue, cells: Cells, name: str, run: Any, kind: int) -> Operation:
     """Submit a load or store and count it for its wait."""
-    operation = Operation(name, issue.origin, run)
+    size = np.broadcast_shapes(cells.lanes.shape, cells.columns.shape)
+    operation = Operation(name, issue.origin, run, work=Work("TMEM ld/st", bytes=4 * math.prod(size)))
     operation.columns = {w.warp.cta.rank: column_bits(cells)}
     w.warp.extra.setdefault(("tcgen05", kind), []).append(operation)
     issue.machine.submit(operation)
@@ -324,9 +343,6 @@ def _load(w: Split, issue: Issue, cells: Cells, rows: list[int], packed: bool) -
     index = index_of(cells)
 
     def run() -> None:
-        for row in rows:
-            if frame.pending.get(row) == (-time, "load"):
-                del frame.pending[row]
         issue.flags = VIA_TENSOR
         issue.access(memory.block, index, 1, warp.entity + LOAD, time, False)
         words = memory.cells[index]
@@ -373,12 +389,16 @@ def _wait(context: Context, mods: Modifiers, kind: int) -> Step:
             for operation in waiting:
                 operation.waiters.append(w)
             return w.block(Wait(f"{len(waiting)} tcgen05 operations in flight"))
+        if operations and warp.cta.machine.recorder is not None:
+            warp.cta.machine.recorder.waited_for(w, operations, context.instruction.name)
         operations.clear()
         rows = w.clock.fit(warp.cta.cluster.entities)
         for row in (TENSOR, BEFORE, KNOWN):
             rows[row, warp.entity + kind] = warp.counts[kind]
         if kind == LOAD:
             w.frame.loads.clear()
+            for row in [row for row, (_, how) in w.frame.pending.items() if how == "load"]:
+                del w.frame.pending[row]
         return None
 
     return step
@@ -387,13 +407,16 @@ def _wait(context: Context, mods: Modifiers, kind: int) -> Step:
 def _fence(context: Context, before: bool) -> Step:
     context.operands(0)
 
-    # what a fence has ordered travels in the row of the async proxy, which has no other use for these entities
+    # what a fence has ordered travels in the row of the async proxy, which has no other use for these entities; the fences
+    # work with relaxed arrivals and waits, too (PTX ISA 9.7.16.6.4)
     def step(w: Split) -> None:
         rows = w.clock.rows
         if before:
-            np.maximum(rows[ASYNC], rows[BEFORE], out=rows[ASYNC])
+            for row in (ASYNC, FENCED + 1):
+                np.maximum(rows[row], rows[BEFORE], out=rows[row])
         else:
-            np.maximum(rows[TENSOR], rows[ASYNC], out=rows[TENSOR])
+            for row in (ASYNC, ACQUIRED + 1):
+                np.maximum(rows[TENSOR], rows[row], out=rows[TENSOR])
 
     return step
 
@@ -435,6 +458,7 @@ def _commit(context: Context, mods: Modifiers, group: int) -> Step:
 
             def run(targets: Any = targets, message: Any = message, issue: Issue = issue) -> None:
                 for target in targets:
+                    target.signalled(issue.origin, target.entity, target.serial + 1)
                     target.arrive(1, issue.origin, message)
 
             issue.submit("tcgen05.commit", run, earlier)
@@ -468,7 +492,13 @@ def _tcgen05(context: Context, mods: Modifiers) -> Step:
         return _transfer(context, mods, word == "ld")
     if word.startswith("wait::"):
         return _wait(context, mods, LOAD if word == "wait::ld" else STORE)
+    down = word == "shift" and mods.take("down")  # the ISA words the two the other way round in its examples
+    stationary = word == "mma" and mods.take("ws")
     group = int(mods.choice(_GROUPS)[-1])
+    if stationary:
+        return tcgen05_mma.multiply(context, mods, group, True)
+    if down:
+        mods.words.append("down")
     if word in ("mma", "cp", "shift"):
         build = {"mma": tcgen05_mma.multiply, "cp": tcgen05_mma.copy, "shift": tcgen05_mma.shift}[word]
         return build(context, mods, group)

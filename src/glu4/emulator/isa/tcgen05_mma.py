@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from glu4.emulator.async_queue import Operation
+from glu4.emulator.async_queue import Operation, Work
 from glu4.emulator.clocks import ASYNC, KNOWN, STREAM, TENSOR
 from glu4.emulator.descriptors import SharedDescriptor, decode_tcgen05, read_operand
 from glu4.emulator.hazards import VIA_ASYNC, VIA_TENSOR
@@ -18,16 +18,26 @@ from glu4.emulator.isa.asynchronous import Issue
 from glu4.emulator.isa.registry import Context, Modifiers, Step, U
 from glu4.emulator.isa.tmemory import TensorMemory, column_bits, index_of
 from glu4.emulator.lanes import one_lane
-from glu4.emulator.matrix import OPERAND_BYTES, decode_operand, read_scales, storage_bits, tcgen05_multiply
+from glu4.emulator.matrix import (
+    OPERAND_BYTES,
+    decode_containers,
+    decode_operand,
+    read_scales,
+    storage_bits,
+    tcgen05_multiply,
+    unpack_sixteens,
+)
 from glu4.emulator.ptx.module import Address, Operand, Vector
 from glu4.emulator.split import Split
 from glu4.emulator.tmem import Cells, accumulator_cells, cp_cells, is_split, operand_cells, scale_cells, shift_cells
 
 __all__ = ["copy", "multiply", "shift"]
 
-_KINDS = ("kind::f16", "kind::tf32", "kind::f8f6f4", "kind::mxf8f6f4", "kind::mxf4", "kind::mxf4nvf4")
+_KINDS = ("kind::f16", "kind::tf32", "kind::f8f6f4", "kind::i8", "kind::mxf8f6f4", "kind::mxf4", "kind::mxf4nvf4")
 _VECTORS = ("scale_vec::1X", "scale_vec::2X", "scale_vec::4X", "block16", "block32")
-_COLLECTORS = tuple(f"collector::a::{word}" for word in ("fill", "use", "lastuse", "discard"))
+_BUFFERS = ("a", "b0", "b1", "b2", "b3")
+_COLLECTORS = tuple(f"collector::{buffer}::{word}" for buffer in _BUFFERS for word in ("fill", "use", "lastuse", "discard"))
+_WORDS = {"f32": np.float32, "s32": np.int32}  # what a 32-bit word of D is
 _CP_SHAPES = ("128x256b", "4x256b", "128x128b", "64x128b", "32x128b")
 _CP_MULTICASTS = ("warpx2::02_13", "warpx2::01_23", "warpx4")
 
@@ -87,7 +97,7 @@ class _Stream:
 
         return read_operand(descriptor, major, rows, depth, bits, fetch)
 
-    def submit(self, name: str, run: Any) -> None:
+    def submit(self, name: str, run: Any, work: Work | None = None) -> None:
         def guarded() -> None:
             try:
                 run()
@@ -98,7 +108,8 @@ class _Stream:
 
         stream: list[Operation] = self.warp.extra.setdefault("tcgen05 stream", [])
         stream[:] = [o for o in stream if not o.done]
-        operation = Operation(name, self.issue.origin, guarded, [o for o in stream if _share(o.columns, self.columns)])
+        operation = Operation(name, self.issue.origin, guarded, [o for o in stream if _share(o.columns, self.columns)],
+                              work)  # fmt: skip
         operation.columns = self.columns
         stream.append(operation)
         self.issue.machine.submit(operation)
@@ -139,21 +150,24 @@ class _Mma:
     enable: tuple[int, bool]
     scale_d: int
     disable: list[int]
+    stationary: bool
 
 
-def multiply(context: Context, mods: Modifiers, group: int) -> Step:
-    """tcgen05.mma."""
-    if mods.words[:1] in (["sp"], ["ws"]):
-        raise mods.fail()
+def multiply(context: Context, mods: Modifiers, group: int, stationary: bool = False) -> Step:
+    """tcgen05.mma, after its cta_group."""
+    if group == 2 and stationary:
+        raise mods.fail(".ws is for one CTA")
     kind = mods.choice(_KINDS).removeprefix("kind::")
     scaled = mods.take("block_scale")
     vector = mods.choice(_VECTORS, "") if scaled else ""
     if mods.take("ashift"):
         raise mods.fail(".ashift is not")
-    mods.choice(_COLLECTORS, "")
-    if scaled != (kind in BLOCK_SCALED):
+    collector = mods.choice(_COLLECTORS, "")
+    if scaled != (kind in BLOCK_SCALED) or (scaled and stationary):
         raise mods.fail()
-    form = _operands(context, kind, group, vector, scaled)
+    if collector and ("::a::" in collector) == stationary:
+        raise mods.fail(f".{collector} is not for this form")
+    form = _operands(context, kind, group, vector, scaled, stationary)
 
     def step(w: Split) -> None:
         memory = TensorMemory.of(w.warp.cta)
@@ -171,7 +185,7 @@ def multiply(context: Context, mods: Modifiers, group: int) -> Step:
     return step
 
 
-def _operands(context: Context, kind: str, group: int, vector: str, scaled: bool) -> _Mma:
+def _operands(context: Context, kind: str, group: int, vector: str, scaled: bool, stationary: bool) -> _Mma:
     operands: list[Operand] = list(context.operands(5, 8))
     d = addresses(context.address(operands.pop(0)))
     first = operands.pop(0)
@@ -182,13 +196,17 @@ def _operands(context: Context, kind: str, group: int, vector: str, scaled: bool
     disable: list[int] = []
     if scaled:
         scale_a, scale_b = (addresses(context.address(operands.pop(0))) for _ in range(2))
-    elif isinstance(operands[0], Vector):
+    elif isinstance(operands[0], Vector) and not stationary:
         disable = [context.source(o, "b32") for o in context.vector(operands.pop(0), 4 * group)]
     enable = context.predicate(operands.pop(0))
+    if stationary and operands:
+        raise context.error("a mask of zero columns is not modelled")
     scale_d = context.literal(operands.pop(0)) if operands and not scaled else 0
     if operands:
         raise context.error("too many operands")
-    return _Mma(kind, group, vector, d, a, a_tensor, b, idesc, scale_a, scale_b, enable, scale_d, disable)
+    if scale_d and (kind not in ("f16", "tf32") or not 0 <= scale_d <= 15):
+        raise context.error(f"scale-input-d {scale_d} is not possible for kind::{kind}")
+    return _Mma(kind, group, vector, d, a, a_tensor, b, idesc, scale_a, scale_b, enable, scale_d, disable, stationary)
 
 
 def _at(w: Split, place: Any, lane: int) -> int:
@@ -201,7 +219,7 @@ def _issue(w: Split, context: Context, form: _Mma, lane: int) -> None:
     r = w.r[U]
     stream = _Stream(w, context, lane, form.group)
     try:
-        instruction = decode_instruction(int(r[form.idesc][lane]), form.kind, form.group, form.vector)
+        instruction = decode_instruction(int(r[form.idesc][lane]), form.kind, form.group, form.vector, form.stationary)
         b = _descriptor(int(r[form.b][lane]))
         a = None if form.a is None else _descriptor(int(r[form.a][lane]))
         product = _Product(stream, instruction, form.group, a, b)
@@ -213,7 +231,10 @@ def _issue(w: Split, context: Context, form: _Mma, lane: int) -> None:
     product.scale_d = form.scale_d
     product.disabled = [int(r[row][lane]) for row in form.disable]
     if product.allocated:
-        stream.submit("tcgen05.mma", product.run)
+        stream.submit("tcgen05.mma", product.run, product.work() if stream.issue.machine.recorder is not None else None)
+    else:  # it is not done, but what orders it after the last use of its columns is looked at
+        for cta in stream.ctas:
+            stream.tensor(cta, product.d_cells, True)
 
 
 class _Product:
@@ -237,9 +258,11 @@ class _Product:
     def place(self, w: Split, form: _Mma, lane: int) -> None:
         """Cells of tensor memory; raises ValueError for malformed addresses."""
         i, group = self.i, self.group
-        self.d_cells = accumulator_cells(_at(w, form.d, lane), i.m, i.n, group)
+        self.d_cells = accumulator_cells(_at(w, form.d, lane), i.m, i.n, group, i.stationary)
         cells = [self.d_cells]
         if form.a_tensor is not None:
+            if i.stationary and i.m < 128:
+                raise ValueError(f"A in tensor memory for .ws with M {i.m} is not modelled: figures alone show where it lies")
             self.a_cells = operand_cells(_at(w, form.a_tensor, lane), i.m, group, OPERAND_BYTES // 4)
             cells.append(self.a_cells)
         if i.scales:
@@ -266,9 +289,10 @@ class _Product:
             return self.values(cta, self.a, i.a_major, i.m // self.group, i.a_type)[None]
         assert self.a_cells is not None
         words = TensorMemory.of(cta).cells[self.stream.tensor(cta, self.a_cells, False)]
-        storage = storage_bits(i.kind, i.a_type)
-        parts = [decode_operand(np.ascontiguousarray(part).view(np.uint8), i.a_type, storage) for part in words]
-        return np.stack(parts)
+        packed = [np.ascontiguousarray(part).view(np.uint8) for part in words]
+        if i.a_type in ("e2m1", "e2m3", "e3m2") and i.kind in ("f8f6f4", "mxf8f6f4"):
+            return np.stack([decode_containers(part, i.a_type) for part in packed])
+        return np.stack([decode_operand(part, i.a_type, storage_bits(i.kind, i.a_type)) for part in packed])
 
     def scale(self, cta: Any, which: int) -> NDArray[np.float64] | None:
         if self.scales is None:
@@ -276,6 +300,11 @@ class _Product:
         cells = self.scales[which]
         words = TensorMemory.of(cta).cells[self.stream.tensor(cta, Cells(cells.lanes, cells.columns), False)]
         return read_scales(words, cells.byte, cells.scales, self.i.scale_type)
+
+    def work(self) -> Work:
+        i, columns = self.i, self.d_cells.columns
+        text = f"tcgen05.mma {i.kind} {i.m}x{i.n}x{i.k}, D in columns {int(columns.min())} to {int(columns.max())}"
+        return Work("MMA (tcgen05)", macs=i.m * i.n * i.k, ctas=tuple(self.stream.ctas), product=i.kind, text=text)
 
     def run(self) -> None:
         i, group = self.i, self.group
@@ -288,16 +317,13 @@ class _Product:
             old = None
             if self.accumulate:
                 words = memory.cells[index]
-                old = (
-                    np.ascontiguousarray(words).view(np.float32)
-                    if i.d_type == "f32"
-                    else words.astype(np.uint16).view(np.float16)
-                )
+                wide = _WORDS.get(i.d_type)
+                old = np.ascontiguousarray(words).view(wide) if wide else words.astype(np.uint16).view(np.float16)
             lanes = np.broadcast_to(
                 self.d_cells.lanes, np.broadcast_shapes(self.d_cells.lanes.shape, self.d_cells.columns.shape)
             )
             new = tcgen05_multiply(i, lanes, a, b, old, scale_a, scale_b, self.scale_d)
-            words = new.view(np.uint32) if i.d_type == "f32" else new.view(np.uint16).astype(np.uint32)
+            words = new.view(np.uint32) if i.d_type in _WORDS else new.view(np.uint16).astype(np.uint32)
             if self.disabled:
                 mask = self.disabled[4 * rank : 4 * rank + 4]
                 kept = np.array([mask[lane // 32] >> lane % 32 & 1 for lane in range(128)], dtype=bool)[lanes]
@@ -310,8 +336,9 @@ def copy(context: Context, mods: Modifiers, group: int) -> Step:
     before = mods.choice(_CP_MULTICASTS, "")
     shape = mods.choice(_CP_SHAPES)
     after = mods.choice(_CP_MULTICASTS, "")
-    if mods.words:
-        raise mods.fail("decompressing copies are not")
+    unpacks = mods.take("b8x16")
+    if unpacks and mods.choice(("b6x16_p32", "b4x16_p64")) == "b4x16_p64":
+        raise mods.fail("figures alone show where decompression puts four bits")
     multicast = before or after
     try:
         cp_cells(0, shape, multicast)
@@ -331,15 +358,19 @@ def copy(context: Context, mods: Modifiers, group: int) -> Step:
                 stream.issue.report("malformed descriptor", str(problem))
                 continue
             if all(stream.uses(cta, cells) for cta in stream.ctas):
-                stream.submit("tcgen05.cp", lambda s=stream, c=cells, d=descriptor: _copy(s, c, d))
+                _, rows, words = np.broadcast_shapes(cells.lanes.shape, cells.columns.shape)
+                work = Work("tcgen05.cp", bytes=4 * rows * words * len(stream.ctas), ctas=tuple(stream.ctas))
+                stream.submit("tcgen05.cp", lambda s=stream, c=cells, d=descriptor: _copy(s, c, d, unpacks), work)
 
     return step
 
 
-def _copy(stream: _Stream, cells: Cells, descriptor: SharedDescriptor) -> None:
+def _copy(stream: _Stream, cells: Cells, descriptor: SharedDescriptor, unpacks: bool) -> None:
     rows, words = np.broadcast_shapes(cells.lanes.shape, cells.columns.shape)[1:]
     for cta in stream.ctas:
         data = stream.shared(cta, descriptor, "K", rows, words * 4, 8)
+        if unpacks:  # 16 elements of 6 bits at the start of 16 bytes, each to the low bits of a byte
+            data = unpack_sixteens(data, 6)
         index = stream.tensor(cta, cells, True)
         TensorMemory.of(cta).cells[index] = np.ascontiguousarray(data).view(np.uint32)[None]
 
@@ -359,7 +390,7 @@ def shift(context: Context, mods: Modifiers, group: int) -> Step:
                 stream.issue.report("tensor memory misuse", str(problem))
                 continue
             if all(stream.uses(cta, target) for cta in stream.ctas):
-                stream.submit("tcgen05.shift", lambda s=stream, a=source, b=target: _shift(s, a, b))
+                stream.submit("tcgen05.shift", lambda s=stream, a=source, b=target: _shift(s, a, b), Work("tcgen05.cp"))
 
     return step
 
@@ -367,5 +398,9 @@ def shift(context: Context, mods: Modifiers, group: int) -> Step:
 def _shift(stream: _Stream, source: Cells, target: Cells) -> None:
     for cta in stream.ctas:
         cells = TensorMemory.of(cta).cells
-        words = cells[stream.tensor(cta, source, False)].copy()
-        cells[stream.tensor(cta, target, True)] = words
+        words = cells[index_of(source)].copy()
+        cells[index_of(target)] = words
+        # the first row is only written, the last only read, and those between both
+        for part, rows, write, read in ((target, slice(0, 1), True, False), (target, slice(1, None), True, True),
+                                        (source, slice(-1, None), False, False)):  # fmt: skip
+            stream.tensor(cta, Cells(part.lanes[rows], part.columns[rows]), write, read)

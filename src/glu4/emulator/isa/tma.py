@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from glu4.emulator.async_queue import Work
 from glu4.emulator.clocks import BULK_READ, BULK_WRITE
 from glu4.emulator.isa.access import Fault, addresses, find, shared_offset
 from glu4.emulator.isa.asynchronous import READS, WRITES, Groups, Issue
 from glu4.emulator.isa.mbarrier import MBarrier, barrier_at
 from glu4.emulator.isa.registry import Context, Modifiers, S, Step, U
+from glu4.emulator.isa.tensormap import check_fences
 from glu4.emulator.memory import Block
 from glu4.emulator.ptx.module import Address, Vector
-from glu4.emulator.tensor_map import TensorMap, decode, load_box, store_box
+from glu4.emulator.tensor_map import TensorMap, decode, four_rows, load_box, store_box, unit_addresses
 
 if TYPE_CHECKING:
     from glu4.emulator.split import Split
 
-__all__ = ["bulk", "reduction"]
+__all__ = ["Target", "bulk", "reduction", "targets"]
 
 _TX = "mbarrier::complete_tx::bytes"
 _REDUCTIONS = ("and", "or", "xor", "add", "inc", "dec", "min", "max")
@@ -88,7 +90,7 @@ def _lanes(w: Split) -> list[tuple[int, NDArray[Any]]]:
     return found
 
 
-class _Target:
+class Target:
     """A destination in shared memory, and the mbarrier that its bytes complete on."""
 
     __slots__ = ("barrier", "cta", "offset")
@@ -99,9 +101,9 @@ class _Target:
         self.barrier = barrier
 
 
-def _targets(
+def targets(
     w: Split, context: Context, issue: Issue, to: int, bar: int, mask: int | None, pair: bool, own: bool
-) -> list[_Target]:
+) -> list[Target]:
     """Destinations of a load: one, or those of a multicast. pair: the mbarrier may be the peer's (cta_group::2)."""
     barrier = barrier_at(w, context, "shared::cluster", bar)
     if barrier is None:
@@ -120,7 +122,7 @@ def _targets(
                 "mbarrier misuse", f"the mbarrier is in CTA {barrier.cta.rank} of the cluster, the destination in {owner.rank}"
             )
             return []
-        return [_Target(owner, offset, barrier)]
+        return [Target(owner, offset, barrier)]
     ctas = w.warp.cta.cluster.ctas
     if not mask or mask >> len(ctas):
         issue.report("multicast", f"mask {mask:#x} names CTAs outside the cluster of {len(ctas)}")
@@ -133,7 +135,7 @@ def _targets(
             if there is None:
                 issue.report("mbarrier misuse", f"multicast: no mbarrier at offset {barrier.offset} of CTA {rank}")
                 continue
-            found.append(_Target(ctas[rank], offset, there))
+            found.append(Target(ctas[rank], offset, there))
     return found
 
 
@@ -197,7 +199,7 @@ def _plain(context: Context, mods: Modifiers, reduces: bool = False) -> Step:
             bits = None if byte_mask is None else int(w.r[U][byte_mask][lane])
             if loads:
                 chosen = None if mask is None else int(w.r[U][mask][lane])
-                for target in _targets(w, context, issue, to_all[i], bars[i], chosen, False, to == "shared::cta"):
+                for target in targets(w, context, issue, to_all[i], bars[i], chosen, False, to == "shared::cta"):
                     _load(w, issue, target, source, from_all[i], count, combine, element)
             else:
                 _store(w, issue, from_all[i], count, _linear_writer(w, issue, to_all[i], bits), combine, element)
@@ -237,7 +239,7 @@ def _source_slice(w: Split, issue: Issue, space: str, address: int, count: int) 
 
 
 def _load(
-    w: Split, issue: Issue, target: _Target, space: str, address: int, count: int, combine: Combine | None, element: int
+    w: Split, issue: Issue, target: Target, space: str, address: int, count: int, combine: Combine | None, element: int
 ) -> None:
     """Bytes into shared memory, completing on an mbarrier."""
     found = _source_slice(w, issue, space, address, count)
@@ -254,7 +256,7 @@ def _load(
         issue.access(target.cta.shared, where, 1, entity, time, True, combine is not None)
         barrier.add_tx(-count, issue.origin, issue.message())
 
-    issue.submit("bulk copy to shared memory", run)
+    issue.submit("bulk copy to shared memory", run, work=Work("bulk copies", bytes=count, ctas=(target.cta,)))
 
 
 def _write(block: Block, where: slice, data: NDArray[np.uint8], combine: Combine | None, element: int) -> None:
@@ -270,8 +272,12 @@ def _write(block: Block, where: slice, data: NDArray[np.uint8], combine: Combine
 Writer = Callable[[NDArray[np.uint8], int, int, Combine | None, int], None]
 
 
-def _store(w: Split, issue: Issue, address: int, count: int, write: Writer, combine: Combine | None, element: int) -> None:
-    """Bytes out of shared memory: a read that wait_group.read waits for, then a write."""
+def _store(w: Split, issue: Issue, address: int, count: int, write: Writer, combine: Combine | None, element: int,
+           engine: str = "bulk copies", gaps: Callable[[], NDArray[np.int64]] | None = None) -> None:  # fmt: skip
+    """Bytes out of shared memory: a read that wait_group.read waits for, then a write.
+
+    gaps: gives the units of 8 bytes that are read, where it is not all of them.
+    """
     found = _source_slice(w, issue, "shared::cta", address, count)
     if found is None:
         return
@@ -282,12 +288,16 @@ def _store(w: Split, issue: Issue, address: int, count: int, write: Writer, comb
 
     def read() -> None:
         held.append(block.data[where].copy())
-        issue.access(block, where, 1, entity + BULK_READ, time, False)
+        if gaps is None:
+            issue.access(block, where, 1, entity + BULK_READ, time, False)
+        else:
+            issue.access(block, gaps(), 8, entity + BULK_READ, time, False)
 
-    first = issue.submit("bulk copy from shared memory: read", read)
+    first = issue.submit("bulk copy from shared memory: read", read, work=Work(engine, bytes=count))
     second = issue.submit(
-        "bulk copy from shared memory: write", lambda: write(held[0], entity + BULK_WRITE, time, combine, element), (first,)
-    )
+        "bulk copy from shared memory: write", lambda: write(held[0], entity + BULK_WRITE, time, combine, element), (first,),
+        Work(engine),
+    )  # fmt: skip
     reads.add(first)
     writes.add(second)
 
@@ -315,8 +325,12 @@ def _tensor(context: Context, mods: Modifiers, reduces: bool = False) -> Step:
     words = set(mods.words)
     mods.words.clear()
     modes = {m for m in words if m.startswith(("tile", "im2col"))}
-    if modes - {"tile"}:
-        raise mods.fail(f".{min(modes - {'tile'})} is not")
+    four = "tile::scatter4" if _TX not in words else "tile::gather4"
+    if modes - {"tile", four}:
+        raise mods.fail(f".{min(modes - {'tile', four})} is not")
+    if four in modes and (rank != 2 or len(modes) > 1 or reduces):
+        raise mods.fail()
+    mode = four if four in modes else "tile"
     words -= modes
     loads = _TX in words
     spaces = {"shared::cluster", "shared::cta", "global"} & words
@@ -329,20 +343,21 @@ def _tensor(context: Context, mods: Modifiers, reduces: bool = False) -> Step:
     if words - known or not good or (loads and reduces) or (not loads and ("shared::cluster" in spaces or multicast or pair)):
         raise mods.fail()
     if loads:
-        return _tensor_load(context, rank, multicast, pair, policy, "shared::cta" in spaces)
-    return _tensor_store(context, rank, policy, operation)
+        return _tensor_load(context, rank, mode, multicast, pair, policy, "shared::cta" in spaces)
+    return _tensor_store(context, rank, mode, policy, operation)
 
 
-def _map_operand(context: Context, operand: Any, rank: int) -> tuple[Any, list[int]]:
+def _map_operand(context: Context, operand: Any, rank: int, mode: str) -> tuple[Any, list[int]]:
     """(addresses of the tensor map, rows of the coordinates)."""
+    count = rank if mode == "tile" else 5
     place = context.address(operand, rest=True)
     if not isinstance(operand, Address) or len(operand.rest) != 1 or not isinstance(operand.rest[0], Vector):
         raise context.error("expected [tensorMap, {coordinates}]")
-    return addresses(place), [context.source(c, "s32") for c in context.vector(operand.rest[0], rank)]
+    return addresses(place), [context.source(c, "s32") for c in context.vector(operand.rest[0], count)]
 
 
-def _fetch_map(w: Split, issue: Issue, address: int, rank: int) -> TensorMap | None:
-    """The tensor map at a generic address, decoded once."""
+def _fetch_map(w: Split, issue: Issue, address: int, rank: int, mode: str) -> TensorMap | None:
+    """The tensor map at a generic address, decoded once, as a mode of copies uses it."""
     if address % 64:
         issue.report("tensor map", "its address is not a multiple of 64", f"{address:#x}")
         return None
@@ -350,11 +365,12 @@ def _fetch_map(w: Split, issue: Issue, address: int, rank: int) -> TensorMap | N
     if found is None:
         return None
     block, where = found
-    raw = block.data[where].tobytes()
-    known: dict[bytes, TensorMap | str] = issue.machine.tensor_maps
+    check_fences(w, issue.context, block, where, address)
+    raw = (block.data[where].tobytes(), mode)
+    known: dict[tuple[bytes, str], TensorMap | str] = issue.machine.tensor_maps
     if raw not in known:
         try:
-            known[raw] = decode(raw)
+            known[raw] = decode(raw[0]) if mode == "tile" else four_rows(decode(raw[0]))
         except ValueError as problem:
             known[raw] = str(problem)
     result = known[raw]
@@ -366,10 +382,10 @@ def _fetch_map(w: Split, issue: Issue, address: int, rank: int) -> TensorMap | N
     return result
 
 
-def _tensor_load(context: Context, rank: int, multicast: bool, pair: bool, policy: bool, own: bool) -> Step:
+def _tensor_load(context: Context, rank: int, mode: str, multicast: bool, pair: bool, policy: bool, own: bool) -> Step:
     operands = list(context.operands(3, 5))
     into, bar = addresses(context.address(operands[0])), addresses(context.address(operands[2]))
-    maps, coordinates = _map_operand(context, operands[1], rank)
+    maps, coordinates = _map_operand(context, operands[1], rank, mode)
     rest = operands[3:]
     mask = context.source(rest.pop(0), "b16") if multicast else None
     if policy:
@@ -381,18 +397,18 @@ def _tensor_load(context: Context, rank: int, multicast: bool, pair: bool, polic
         to_all, map_all, bar_all = into(w).tolist(), maps(w).tolist(), bar(w).tolist()
         for i, (lane, only) in enumerate(_lanes(w)):
             issue = Issue(w, context, only)
-            tensor = _fetch_map(w, issue, map_all[i], rank)
+            tensor = _fetch_map(w, issue, map_all[i], rank, mode)
             if tensor is None:
                 continue
             at = [int(w.r[S][row][lane]) for row in coordinates]
             chosen = None if mask is None else int(w.r[U][mask][lane])
-            for target in _targets(w, context, issue, to_all[i], bar_all[i], chosen, pair, own):
+            for target in targets(w, context, issue, to_all[i], bar_all[i], chosen, pair, own):
                 _load_tensor(w, issue, target, tensor, at)
 
     return step
 
 
-def _load_tensor(w: Split, issue: Issue, target: _Target, tensor: TensorMap, at: list[int]) -> None:
+def _load_tensor(w: Split, issue: Issue, target: Target, tensor: TensorMap, at: list[int]) -> None:
     shared = target.cta.shared
     window = target.offset + (shared.base & 0xFFFFFF)  # swizzles are of the address in the window
 
@@ -421,7 +437,9 @@ def _load_tensor(w: Split, issue: Issue, target: _Target, tensor: TensorMap, at:
         issue.access(shared, where, 8, entity, time, True)
         barrier.add_tx(-units.transaction_bytes, issue.origin, issue.message())
 
-    issue.submit("tensor copy to shared memory", run)
+    text = f"tensor copy to shared memory, {tensor.shared_bytes} bytes at {shared.name}+{target.offset}"
+    work = Work("TMA loads", tensor.shared_bytes, ctas=(target.cta,), text=text)
+    issue.submit("tensor copy to shared memory", run, work=work)
 
 
 def _rows_view(block: Block, starts: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
@@ -456,18 +474,18 @@ def _row_access(issue: Issue, block: Block, starts: NDArray[np.int64], size: int
     issue.access(block, units.ravel(), step, entity, time, write)
 
 
-def _tensor_store(context: Context, rank: int, policy: bool, operation: str) -> Step:
+def _tensor_store(context: Context, rank: int, mode: str, policy: bool, operation: str) -> Step:
     operands = context.operands(2, 3)
     if (len(operands) == 3) != policy:
         raise context.error("a cache policy goes with .L2::cache_hint")
-    maps, coordinates = _map_operand(context, operands[0], rank)
+    maps, coordinates = _map_operand(context, operands[0], rank, mode)
     outof = addresses(context.address(operands[1]))
 
     def step(w: Split) -> None:
         map_all, from_all = maps(w).tolist(), outof(w).tolist()
         for i, (lane, only) in enumerate(_lanes(w)):
             issue = Issue(w, context, only)
-            tensor = _fetch_map(w, issue, map_all[i], rank)
+            tensor = _fetch_map(w, issue, map_all[i], rank, mode)
             if tensor is not None:
                 _store_tensor(w, issue, tensor, [int(w.r[S][row][lane]) for row in coordinates], from_all[i], operation)
 
@@ -496,7 +514,7 @@ def _store_tensor(w: Split, issue: Issue, tensor: TensorMap, at: list[int], addr
             return np.asarray(data.reshape(-1, 8)[(where - base - offset) >> 3])
 
         try:
-            rows = store_box(tensor, at, base + offset, units)
+            rows = store_box(tensor, at, base + offset, units, combine is not None)
             if not rows.addresses.size or not rows.data.shape[1]:
                 return
             block, starts = _find_rows(w, rows.addresses, rows.data.shape[1])
@@ -507,4 +525,8 @@ def _store_tensor(w: Split, issue: Issue, tensor: TensorMap, at: list[int], addr
             _write(block, slice(start, start + row.size), row, combine, element)
         _row_access(issue, block, starts, rows.data.shape[1], entity, time, True)
 
-    _store(w, issue, address, tensor.shared_bytes, write, combine, element)
+    def units_read() -> NDArray[np.int64]:
+        return (unit_addresses(tensor, base + offset) - base) >> 3
+
+    gaps = tensor.pitch_bytes != tensor.row_bytes and (base + offset) % 128 == 0
+    _store(w, issue, address, tensor.shared_bytes, write, combine, element, "TMA stores", units_read if gaps else None)

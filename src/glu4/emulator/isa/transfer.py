@@ -1,4 +1,4 @@
-"""cp.async, ldmatrix, stmatrix, movmatrix, st.async and red.async."""
+"""cp.async, st.async and red.async."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from glu4.emulator.async_queue import Work
 from glu4.emulator.clocks import COPY, KNOWN
-from glu4.emulator.hazards import Origin
 from glu4.emulator.isa import tma
 from glu4.emulator.isa.access import Fault, addresses, locate, shared_offset
 from glu4.emulator.isa.asynchronous import COPIES, Groups, Issue
-from glu4.emulator.isa.control import aligned
 from glu4.emulator.isa.mbarrier import barrier_at
 from glu4.emulator.isa.registry import Builder, Context, Modifiers, Step, U
 from glu4.emulator.ptx.module import SIZES, Register
@@ -78,7 +77,8 @@ def _copy(context: Context, mods: Modifiers) -> Step:
             sizes = np.minimum(sizes, size)
         groups = Groups.of(w, COPIES)
         entity, time = w.warp.entity + COPY, groups.number
-        operation = issue.submit("cp.async", lambda: _do_copy(w, issue, into, outof, to, at, sizes, size, entity, time))
+        operation = issue.submit("cp.async", lambda: _do_copy(w, issue, into, outof, to, at, sizes, size, entity, time),
+                                 work=Work("cp.async", bytes=int(sizes.sum())))  # fmt: skip
         groups.add(operation)
 
     return step
@@ -158,98 +158,6 @@ def _arrive(context: Context, mods: Modifiers) -> Step:
     return step
 
 
-# matrices
-
-
-def _rows(context: Context, operand: Any, space: str) -> Any:
-    """A function that gives (block, index of 16-byte rows) for the lanes that hold addresses."""
-    place = context.address(operand)
-    find_rows = locate(space, 16)
-    row, offset, _ = place
-
-    def rows(w: Split, count: int) -> tuple[Any, NDArray[Any]]:
-        values = w.r[U][row][:count].astype(np.int64) + offset
-        block, index = find_rows(w, values)
-        if int(index.max()) >= block.size // 16:
-            raise Fault("out of bounds", f"outside {block.name}", int(values.max()))
-        return block, index
-
-    return rows
-
-
-def _matrix_shape(mods: Modifiers) -> tuple[int, bool, str]:
-    """(matrices, transposed, space) of ldmatrix and stmatrix for 8x8 matrices of 16 bits."""
-    if not mods.take("sync", "aligned", "m8n8"):
-        raise mods.fail("only m8n8 of b16 is")
-    count = int(mods.choice(("x1", "x2", "x4"))[1])
-    transposed = mods.take("trans")
-    space = mods.choice(("shared", "shared::cta"), "generic")
-    mods.choice(("b16",))
-    return count, transposed, space
-
-
-def _registers(context: Context, operand: Any, count: int, load: bool) -> list[int]:
-    parts = context.vector(operand, count) if count > 1 or not isinstance(operand, Register) else (operand,)
-    return [(context.destination if load else context.source)(p, "b32") for p in parts]
-
-
-def _matrix(load: bool) -> Builder:
-    def build(context: Context, mods: Modifiers) -> Step:
-        count, transposed, space = _matrix_shape(mods)
-        operands = context.operands(2)
-        data, place = operands if load else operands[::-1]
-        registers = _registers(context, data, count, load)
-        rows = _rows(context, place, space)
-
-        def step(w: Split) -> None:
-            aligned(w, context)
-            lanes = np.arange(32) < 8 * count
-            try:
-                block, index = rows(w, 8 * count)
-            except (Fault, IndexError) as problem:
-                _report(w, context, problem, lanes)
-                return
-            machine = w.warp.cta.machine
-            view = block.data[: block.size // 16 * 16].view(np.uint16).reshape(-1, 8)
-            if load:
-                matrices = view[index].reshape(count, 8, 8)
-                matrices = matrices.transpose(0, 2, 1) if transposed else matrices
-                words = np.ascontiguousarray(matrices).view(np.uint32).reshape(count, 32)
-                for register, word in zip(registers, words):
-                    np.copyto(w.r[U][register], word, where=w.mask)
-            else:
-                words = np.stack([w.r[U][register] for register in registers])
-                matrices = words.view(np.uint16).reshape(count, 8, 8)
-                matrices = matrices.transpose(0, 2, 1) if transposed else matrices
-                view[index] = matrices.reshape(8 * count, 8)
-                machine.progress += 1
-            if block.writes.size:
-                machine.monitor.generic(w, context.instruction, block, index, 16, not load, False, lanes)
-
-        return step
-
-    return build
-
-
-def _report(w: Split, context: Context, problem: Exception, lanes: NDArray[Any]) -> None:
-    kind = problem.kind if isinstance(problem, Fault) else "out of bounds"
-    w.warp.cta.machine.monitor.report(kind, str(problem), Origin(context.instruction, w.warp, lanes))
-
-
-def _movmatrix(context: Context, mods: Modifiers) -> Step:
-    if not mods.take("sync", "aligned", "m8n8", "trans", "b16"):
-        raise mods.fail()
-    d, a = context.operands(2)
-    destination, source = context.destination(d, "b32"), context.source(a, "b32")
-
-    def step(w: Split) -> None:
-        aligned(w, context)
-        matrix = w.r[U][source].view(np.uint16).reshape(8, 8)
-        np.copyto(w.r[U][destination], np.ascontiguousarray(matrix.T).view(np.uint32).ravel(), where=w.mask)
-
-    return step
-
-
 # stores with completion on an mbarrier
 
 
@@ -293,7 +201,7 @@ def _remote(context: Context, mods: Modifiers, kinds: tuple[str, ...], combine: 
                 )
                 barrier.add_tx(-unit, issue.origin, issue.message())
 
-            issue.submit(context.instruction.name, run)
+            issue.submit(context.instruction.name, run, work=Work("st.async", bytes=unit, ctas=(owner,)))
 
     return step
 
@@ -327,7 +235,4 @@ def red_async(context: Context, mods: Modifiers) -> Step:
 
 INSTRUCTIONS: dict[str, Builder] = {
     "cp": _cp,
-    "ldmatrix": _matrix(True),
-    "stmatrix": _matrix(False),
-    "movmatrix": _movmatrix,
 }

@@ -12,32 +12,41 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glu4.emulator.async_queue import Operation
+from glu4.emulator.async_queue import Operation, Work
 from glu4.emulator.clocks import WGMMA
 from glu4.emulator.descriptors import SharedDescriptor, decode_wgmma, read_operand
 from glu4.emulator.hazards import Origin
 from glu4.emulator.isa.access import Fault
 from glu4.emulator.isa.asynchronous import PRODUCTS, Groups, Issue
 from glu4.emulator.isa.control import aligned
-from glu4.emulator.isa.registry import Builder, Context, F, Modifiers, Step, U
-from glu4.emulator.matrix import Fragment, decode_operand, multiply, wgmma_fragments
+from glu4.emulator.isa.registry import Builder, Context, F, Modifiers, S, Step, U
+from glu4.emulator.matrix import Fragment, decode_operand, gather_operand, multiply, wgmma_fragments
 from glu4.emulator.ptx.module import Operand, Vector
 from glu4.emulator.split import Split
 
 __all__ = ["INSTRUCTIONS"]
 
 _WARPS = 4
-_SHAPES = tuple(f"m64n{n}k16" for n in range(8, 257, 8))
+_SHAPES = tuple(f"m64n{n}k{k}" for k in (8, 16, 32) for n in range(8, 257, 8))
+# bits of an element: what may be multiplied with what, and the types of D
+_TYPES: dict[int, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = {
+    8: ((("e4m3", "e5m2"), ("f16", "f32")), (("u8", "s8"), ("s32",))),
+    16: ((("f16",), ("f16", "f32")), (("bf16",), ("f32",))),
+    32: ((("tf32",), ("f32",)),),
+}
 _fragments = cache(wgmma_fragments)
+_NUMPY = {"f32": np.float32, "s32": np.int32, "f16": np.float16}
 
 
 class _Form:
     """One wgmma instruction's constants."""
 
-    def __init__(self, n: int, d_type: str, operand_type: str) -> None:
+    def __init__(self, n: int, d_type: str, types: tuple[str, str], bits: int, saturate: bool) -> None:
         self.n = n
         self.d_type = d_type
-        self.operand_type = operand_type
+        self.types = types
+        self.bits = bits
+        self.saturate = saturate
         self.d: list[int] = []
         self.a: list[int] = []
         self.a_descriptor: int | None = None
@@ -101,16 +110,27 @@ def _immediate(context: Context, operand: Operand, legal: tuple[int, ...]) -> in
     return value
 
 
-def _multiply(context: Context, mods: Modifiers) -> Step:
-    n = int(mods.choice(_SHAPES)[4:].partition("k")[0])
-    d_type = mods.choice(("f32", "f16"))
-    operand_type = mods.choice(("f16", "bf16"))
-    mods.choice((operand_type,))
-    if d_type == "f16" and operand_type != "f16":
+def _form(mods: Modifiers) -> _Form:
+    """The shape and types of a product."""
+    shape = mods.choice(_SHAPES)
+    n, k = (int(part) for part in shape[4:].split("k"))
+    bits = 256 // k
+    saturate = mods.take("satfinite")
+    d_type = mods.choice(("f32", "f16", "s32"))
+    known = [name for names, _ in _TYPES[bits] for name in names]
+    types = mods.choice(known), mods.choice(known)
+    saturate = mods.take("satfinite") or saturate  # the ISA has it in both places
+    pairs = [results for names, results in _TYPES[bits] if types[0] in names and types[1] in names]
+    if not pairs or d_type not in pairs[0] or (saturate and d_type != "s32") or (d_type == "s32" and n > 32 and n % 16):
         raise mods.fail()
-    operands = list(context.operands(7, 8))
-    form = _Form(n, d_type, operand_type)
-    form.d = [context.destination(o, "b32") for o in context.vector(operands[0], n // 2 if d_type == "f32" else n // 4)]
+    return _Form(n, d_type, types, bits, saturate)
+
+
+def _multiply(context: Context, mods: Modifiers) -> Step:
+    form = _form(mods)
+    n, d_type = form.n, form.d_type
+    operands = list(context.operands(4, 8))
+    form.d = [context.destination(o, "b32") for o in context.vector(operands[0], n // 4 if d_type == "f16" else n // 2)]
     in_registers = isinstance(operands[1], Vector)
     if in_registers:
         form.a = [context.source(o, "b32") for o in context.vector(operands[1], 4)]
@@ -118,14 +138,15 @@ def _multiply(context: Context, mods: Modifiers) -> Step:
         form.a_descriptor = context.source(operands[1], "b64")
     form.b_descriptor = context.source(operands[2], "b64")
     form.scale_d = context.predicate(operands[3])
-    form.negate_a = _immediate(context, operands[4], (1, -1)) < 0
-    form.negate_b = _immediate(context, operands[5], (1, -1)) < 0
-    transposes = operands[6:]
-    if len(transposes) != (1 if in_registers else 2):
+    rest = operands[4:]
+    if len(rest) != (0 if d_type == "s32" else 2 if form.bits != 16 else 3 if in_registers else 4):
         raise context.error("wrong number of operands")
-    form.b_major = "MN" if _immediate(context, transposes[-1], (0, 1)) else "K"
-    if not in_registers:
-        form.a_major = "MN" if _immediate(context, transposes[0], (0, 1)) else "K"
+    if rest:
+        form.negate_a, form.negate_b = (_immediate(context, o, (1, -1)) < 0 for o in rest[:2])
+    if form.bits == 16:
+        form.b_major = "MN" if _immediate(context, rest[-1], (0, 1)) else "K"
+        if not in_registers:
+            form.a_major = "MN" if _immediate(context, rest[2], (0, 1)) else "K"
     touched = set(form.d) | set(form.a)
     written = context.function.unfenced(context.place) & touched
 
@@ -180,6 +201,8 @@ def _issue(w: Split, context: Context, form: _Form) -> None:
         product.operation.after = tuple(o for rows, o in group.last if rows & mine)
         group.last.append((mine, product.operation))
         warp.cta.machine.submit(product.operation)
+    elif warp.cta.machine.recorder is not None:
+        warp.cta.machine.recorder.part(product.operation)
 
 
 class _Product:
@@ -193,7 +216,10 @@ class _Product:
         self.parts: dict[int, tuple[Any, bool]] = {}
         self.b = int(w.r[U][form.b_descriptor][0])
         self.a = None if form.a_descriptor is None else int(w.r[U][form.a_descriptor][0])
-        self.operation = Operation("wgmma", self.issue.origin, self.run)
+        k = 256 // form.bits
+        product = {8: "f8 wgmma", 16: "f16 wgmma", 32: "tf32 wgmma"}[form.bits]
+        work = Work("MMA (wgmma)", macs=64 * form.n * k, product=product, text=f"wgmma m64n{form.n}k{k}")
+        self.operation = Operation("wgmma", self.issue.origin, self.run, work=work)
         self.entity = w.warp.cta.warps[w.warp.number // _WARPS * _WARPS].entity + WGMMA
 
     def join(self, w: Split, quarter: int) -> None:
@@ -212,7 +238,7 @@ class _Product:
             w.warp.tick(w)
 
     def read(self, descriptor: SharedDescriptor, major: str, rows: int) -> NDArray[np.uint8]:
-        """An operand of `rows` x 16 from shared memory."""
+        """An operand of `rows` by 32 bytes from shared memory."""
         shared = self.issue.warp.cta.shared
         base = shared.base & 0xFFFFFF
 
@@ -225,22 +251,19 @@ class _Product:
             self.issue.access(shared, _spans(index), 16, self.entity, self.time, False)
             return np.asarray(shared.view(8, 2)[index].view(np.uint8))
 
-        return read_operand(descriptor, major, rows, 16, 16, fetch)  # type: ignore[arg-type]
+        return read_operand(descriptor, major, rows, 256 // self.form.bits, self.form.bits, fetch)  # type: ignore[arg-type]
 
     def operands(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """A [64, 16] and B [n, 16] as float64."""
+        """A [64, K] and B [n, K] as float64."""
         form = self.form
-        b = decode_operand(self.read(decode_wgmma(self.b), form.b_major, form.n), form.operand_type, 16)
+        b = decode_operand(self.read(decode_wgmma(self.b), form.b_major, form.n), form.types[1], form.bits)
         if self.a is not None:
-            a = decode_operand(self.read(decode_wgmma(self.a), form.a_major, 64), form.operand_type, 16)
-            return a, b
-        fragment = _fragments(form.n, form.d_type)[0]
-        codes = np.empty((64, 16), dtype=np.uint16)
-        for quarter, (frame, _) in self.parts.items():
-            words = np.stack([frame.rows[U][row] for row in form.a], axis=1).view(np.uint16).reshape(32, 4, 2)
-            rows, columns = _part(fragment, quarter)
-            codes[rows, columns] = words
-        return decode_operand(codes.view(np.uint8), form.operand_type, 16), b
+            a = self.read(decode_wgmma(self.a), form.a_major, 64)
+        else:
+            parts = [self.parts[quarter][0] for quarter in range(_WARPS)]
+            words = np.concatenate([np.stack([frame.rows[U][row] for row in form.a], axis=1) for frame in parts])
+            a = gather_operand(words, _fragments(form.n, form.d_type, form.bits)[0], 64, 256 // form.bits, form.bits)
+        return decode_operand(a, form.types[0], form.bits), b
 
     def run(self) -> None:
         form = self.form
@@ -255,11 +278,11 @@ class _Product:
             rows, columns = _part(fragment, quarter)
             old = None
             if keep:
-                old = np.empty((64, form.n), dtype=np.float16 if form.d_type == "f16" else np.float32)
+                old = np.empty((64, form.n), dtype=_NUMPY[form.d_type])
                 old[rows, columns] = _read_d(frame, form)
                 old = old[16 * quarter : 16 * quarter + 16]
             part = a[16 * quarter : 16 * quarter + 16]
-            new = multiply(part, b, old, form.d_type, negate_a=form.negate_a, negate_b=form.negate_b)
+            new = multiply(part, b, old, form.d_type, negate_a=form.negate_a, negate_b=form.negate_b, saturate=form.saturate)
             _write_d(frame, form, new[rows - 16 * quarter, columns])
 
 
@@ -271,8 +294,9 @@ def _part(fragment: Fragment, quarter: int) -> tuple[NDArray[Any], NDArray[Any]]
 
 def _read_d(frame: Any, form: _Form) -> NDArray[Any]:
     """[32, registers, elements]."""
-    if form.d_type == "f32":
-        return np.stack([frame.rows[F][row] for row in form.d], axis=1)[:, :, None]
+    if form.d_type != "f16":
+        view = F if form.d_type == "f32" else S
+        return np.stack([frame.rows[view][row] for row in form.d], axis=1)[:, :, None]
     return np.stack([frame.rows[U][row] for row in form.d], axis=1).view(np.float16).reshape(32, -1, 2)
 
 

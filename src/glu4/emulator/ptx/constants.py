@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable
 
@@ -9,9 +10,10 @@ from glu4.emulator.errors import PtxError
 from glu4.emulator.ptx.lexer import Token
 from glu4.emulator.ptx.module import Immediate
 
-__all__ = ["Cursor", "constant", "number", "to_bytes"]
+__all__ = ["Cursor", "constant", "number", "to_bytes", "whole"]
 
 _MAX_DEPTH = 64
+_MAX_DIGITS = 80
 # binary operators from loosest to tightest
 _LEVELS = (
     ("||",), ("&&",), ("|",), ("^",), ("&",), ("==", "!="), ("<", "<=", ">", ">="), ("<<", ">>"), ("+", "-"), ("*", "/", "%"),
@@ -96,11 +98,26 @@ class Cursor:
 
 def number(cursor: Cursor) -> int:
     """An integer token."""
-    return _integer(cursor.kind("int", "an integer").text)
+    return _integer(cursor.kind("int", "an integer"))
 
 
-def _integer(text: str) -> int:
-    digits = text.rstrip("U")
+def whole(cursor: Cursor) -> int:
+    """An integer constant expression, as a signed 64-bit number."""
+    line, value = cursor.line, constant(cursor)
+    if value.kind != "int":
+        raise PtxError("expected an integer constant", line)
+    bits = int(value.value) & _MASK
+    return bits - (1 << 64) if bits >> 63 else bits
+
+
+def _integer(token: Token) -> int:
+    value = _digits(token.text.rstrip("U")) if len(token.text) <= _MAX_DIGITS else _MASK + 1
+    if value > _MASK:
+        raise PtxError(f"integer {token.text[:_MAX_DIGITS]} does not fit 64 bits", token.line)
+    return value
+
+
+def _digits(digits: str) -> int:
     if digits[:2] in ("0x", "0X"):
         return int(digits, 16)
     if digits[:2] in ("0b", "0B"):
@@ -133,7 +150,8 @@ def constant(cursor: Cursor) -> Immediate:
             return Immediate("decimal", -float(value.value))
         return Immediate(value.kind, int(value.value) ^ (1 << (31 if value.kind == "f32" else 63)))
     cursor.at = start
-    return Immediate("int", _ternary(cursor, 0))
+    result = _ternary(cursor, 0)
+    return Immediate("int", result if -(1 << 63) <= result <= _MASK else result & _MASK)
 
 
 def _ternary(cursor: Cursor, depth: int) -> int:
@@ -166,7 +184,7 @@ def _unary(cursor: Cursor, depth: int) -> int:
         raise PtxError("constant expression nested too deeply", cursor.line)
     token = cursor.token
     if token.kind == "int":
-        return _integer(cursor.next().text)
+        return _integer(cursor.next())
     if cursor.accept("-"):
         return -_unary(cursor, depth + 1)
     if cursor.accept("+"):
@@ -189,19 +207,20 @@ def _unary(cursor: Cursor, depth: int) -> int:
     raise PtxError(f"expected a constant, found {token.text!r}", token.line)
 
 
-def to_bytes(value: Immediate, kind: str, bits: int) -> bytes:
+def to_bytes(value: Immediate, kind: str, bits: int, line: int = 0) -> bytes:
     """A constant as an element of an array of that type: kind is its first letter or "bf16". Little endian."""
     if kind.startswith("f") and bits in (16, 32, 64):
         if value.kind == "decimal" or (value.kind == "int" and kind.startswith("f")):
             return _pack_float(float(value.value), bits)
-        if value.kind == ("f32" if bits == 32 else "f64"):
+        if bits == {"f32": 32, "f64": 64}.get(value.kind):
             return int(value.value).to_bytes(bits // 8, "little")
         widened = struct.unpack(
             "<f" if value.kind == "f32" else "<d", int(value.value).to_bytes(4 if value.kind == "f32" else 8, "little")
         )
         return _pack_float(widened[0], bits)
-    whole = int(value.value) if value.kind != "decimal" else int(float(value.value))
-    return (whole & ((1 << bits) - 1)).to_bytes(bits // 8, "little")
+    if value.kind == "decimal" and not math.isfinite(value.value):
+        raise PtxError(f"{value.value} in an array of integers", line)
+    return (int(value.value) & ((1 << bits) - 1)).to_bytes(bits // 8, "little")
 
 
 def _pack_float(value: float, bits: int) -> bytes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from glu4.emulator.errors import PtxError
-from glu4.emulator.ptx.constants import Cursor, constant, number, to_bytes
+from glu4.emulator.ptx.constants import Cursor, constant, number, to_bytes, whole
 from glu4.emulator.ptx.lexer import tokenize
 from glu4.emulator.ptx.module import SIZES, Function, Loc, Module, Register, Symbol, Variable
 from glu4.emulator.ptx.statements import Body, Scope
@@ -231,7 +233,11 @@ class _Parser:
             self.registers(made)
         elif cursor.text in _SPACES:
             for variable in self.declaration(False):
-                self.scope.declare(variable.name, variable, cursor.line)
+                name = variable.name
+                if any(v.name == name for v in (*made.params, *made.returns, *made.variables)):
+                    # the name is another scope's too; frames know variables by name
+                    variable = replace(variable, name=f"{name}@{len(made.variables)}")
+                self.scope.declare(name, variable, cursor.line)
                 made.variables.append(variable)
         elif not self.note():
             raise PtxError(f"unknown directive {cursor.text!r}", cursor.line)
@@ -322,7 +328,7 @@ class _Parser:
             if cursor.accept("]"):
                 unsized = True
                 continue
-            count *= int(constant(cursor).value)
+            count *= whole(cursor)
             cursor.expect("]")
         if count < 1 or count * SIZES[kind] // 8 > _MAX_BYTES:
             raise PtxError(f"{name}: {count} elements", line)
@@ -354,7 +360,7 @@ class _Parser:
                 relocations.append((len(out), *self.symbol_value()))
                 out += bytes(SIZES[kind] // 8)
             else:
-                out += to_bytes(constant(cursor), kind, SIZES[kind])
+                out += to_bytes(constant(cursor), kind, SIZES[kind], line)
             if len(out) > _MAX_BYTES:
                 raise PtxError("initialiser too large", line)
             if depth <= 0:
@@ -370,5 +376,5 @@ class _Parser:
         name = cursor.kind("name", "a symbol").text
         if generic:
             cursor.expect(")")
-        addend = int(constant(cursor).value) if cursor.text in ("+", "-") else 0
+        addend = whole(cursor) if cursor.text in ("+", "-") else 0
         return name, addend, generic

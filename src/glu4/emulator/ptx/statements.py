@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from glu4.emulator.errors import PtxError
-from glu4.emulator.ptx.constants import Cursor, constant
+from glu4.emulator.ptx.constants import Cursor, constant, whole
 from glu4.emulator.ptx.module import (
     Address,
     Function,
@@ -170,7 +170,7 @@ class Body:
                 raise PtxError("a|b needs two registers", cursor.line)
             return Pair(found, second)
         if isinstance(found, Symbol) and cursor.text in ("+", "-"):
-            return replace(found, offset=int(constant(cursor).value))
+            return replace(found, offset=whole(cursor))
         return found
 
     def name(self, scope: Scope) -> Register | Special | Symbol | Sink:
@@ -182,7 +182,7 @@ class Body:
         if isinstance(found, Register):
             return found
         if isinstance(found, Variable):
-            return Symbol(token.text, 0, found)
+            return Symbol(found.name, 0, found)
         if token.text.startswith("%"):
             component = cursor.next().text if cursor.text in _COMPONENTS else ""
             return Special(token.text + component)
@@ -200,7 +200,7 @@ class Body:
             base = constant(cursor)
         offset = 0
         if cursor.accept("+") or cursor.text == "-":
-            offset = int(constant(cursor).value)
+            offset = whole(cursor)
         rest: list[Operand] = []
         while cursor.accept(","):
             rest.append(self.operand(scope, depth + 1))
