@@ -22,6 +22,7 @@ SCALES = {"": "", "Float8E8M0FNU": "ue8m0", "Float8E4M3FN": "ue4m3"}
 DEPTH = {"f16": 16, "tf32": 8, "f8f6f4": 32, "mxf8f6f4": 32, "mxf4": 64, "mxf4nvf4": 64}
 NVFP4 = 1 << 7 | 1 << 10 | 16 << 17 | 1 << 27  # 128 x 128, ue4m3
 F16 = 1 << 4 | 16 << 17 | 8 << 24  # 128 x 128, float32 accumulation
+I8 = 2 << 4 | 1 << 7 | 16 << 17 | 8 << 24  # 128 x 128, s8 by u8
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,11 @@ def test_fields(bits: int, kind: str, vector: str, expected: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     ("bits", "kind", "group", "vector", "message"),
     [
-        (0, "i8", 1, "", "kind::i8 is not modelled"),
+        (0, "i4", 1, "", "kind::i4 is not modelled"),
+        (I8 | 1 << 13, "i8", 1, "", r"negation \(bits 13-14\) is 1"),
+        (I8 ^ 2 << 4, "i8", 1, "", "D type 0 is not possible for s8 and u8"),
+        (I8 | 1 << 17, "i8", 1, "", "N 136 is not possible for cta_group::1; it is 16 to 256 in steps of 16"),
+        (I8 | 2 << 17, "i8", 2, "", "N 144 is not possible for cta_group::2; it is 32 to 256 in steps of 32"),
         (F16, "f16", 3, "", "cta_group 3 is not 1 or 2"),
         (1 << 32, "f16", 1, "", "is 32 bits"),
         (F16 | 4, "f16", 1, "", r"instruction descriptor 0x08200014 of kind::f16: sparse matrices \(bit 2\)"),
@@ -116,3 +121,19 @@ def test_fields(bits: int, kind: str, vector: str, expected: dict[str, Any]) -> 
 def test_malformed_descriptors_name_the_field(bits: int, kind: str, group: int, vector: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         decode_instruction(bits, kind, group, vector)
+
+
+def test_integers() -> None:
+    for n in (8, 16, 24, 32, 48, 256):
+        d = decode_instruction(I8 & ~(63 << 17) | n // 8 << 17 | 8, "i8", 1)
+        assert (d.a_type, d.b_type, d.d_type, d.k, d.n, d.saturate) == ("s8", "u8", "s32", 32, n, True)
+
+
+def test_weight_stationary_shapes() -> None:
+    for m in (32, 64, 128):
+        d = decode_instruction(1 << 4 | 8 << 17 | m // 16 << 24, "f16", 1, stationary=True)
+        assert (d.m, d.n, d.stationary) == (m, 64, True)
+    with pytest.raises(ValueError, match=r"N 96 is not possible for \.ws; possible are 64, 128, 256"):
+        decode_instruction(1 << 4 | 12 << 17 | 4 << 24, "f16", 1, stationary=True)
+    with pytest.raises(ValueError, match=r"M 16 is not possible for \.ws"):
+        decode_instruction(1 << 4 | 8 << 17 | 1 << 24, "f16", 1, stationary=True)

@@ -21,9 +21,10 @@ ALL = pytest.mark.parametrize("name", launches.names())
 def test_both_compilers_and_every_kind_of_mma_are_there() -> None:
     assert len(launches.names()) >= 16
     text = "".join(launches.load(name)[0] for name in launches.names())
-    for kind in ("f16", "f8f6f4", "mxf8f6f4", "mxf4.block_scale", "mxf4nvf4"):
+    for kind in ("f16", "tf32", "f8f6f4", "mxf8f6f4", "mxf4.block_scale", "mxf4nvf4"):
         assert f"kind::{kind}" in text
-    for form in ("cta_group::2.kind::mxf4nvf4", "multicast::cluster", "setmaxnreg", "cp.async.ca", "16x32bx2", "32x128b"):
+    for form in ("cta_group::2.kind::mxf4nvf4", "cta_group::2.kind::f16", "multicast::cluster", "setmaxnreg", "cp.async.ca",
+                 "16x32bx2", "16x64b", "16x128b", "16x256b", "32x128b", "clusterlaunchcontrol"):  # fmt: skip
         assert form in text
 
 
@@ -72,7 +73,7 @@ def element(p: launches.Problem, inputs: dict[str, np.ndarray], name: str, row: 
     if p.element == "e2m1":
         value = decode("e2m1", inputs[name][row, k // 2] >> 4 * (k % 2))
     else:
-        value = decode(p.element, inputs[name][row, k])
+        value = decode(p.element, inputs[name][(row, k) if p.k_major[name != "A"] else (k, row)])
     scale = 1.0
     if p.scale:
         scale = float(decode(p.scale, inputs[f"SCALE_{name}"].reshape(-1)[scale_place(p, row, k // p.block)]))
@@ -122,8 +123,8 @@ def test_bounds_tell_a_wrong_kernel_from_a_right_one(name: str) -> None:
 def test_rounding_the_exact_result_is_within_the_bound(name: str) -> None:
     _, _, p = launches.load(name)
     result, bound = launches.expect(p, launches.make_inputs(p))
-    if p.out == "f16":
-        stored = result.astype(np.float16)
+    if p.out in ("f16", "f32"):
+        stored = result.astype(launches.STORAGE[p.out])
     else:
         bits = result.astype(np.float32).view(np.uint32).astype(np.uint64)
         stored = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)

@@ -217,9 +217,9 @@ def test_any_float32_accumulation_stays_within_the_bound(seed: int, count: int) 
     ("call", "message"),
     [
         (lambda: wgmma_fragments(12, "f32"), "wgmma: N 12 is not possible"),
-        (lambda: wgmma_fragments(8, "s32"), "wgmma: D type s32 is not modelled"),
+        (lambda: wgmma_fragments(8, "s64"), "wgmma: D type s64 is not modelled"),
         (lambda: mma_sync_fragments(32, "f32"), "mma.sync: K 32 is not modelled"),
-        (lambda: mma_sync_fragments(16, "s32"), "mma.sync: D type s32"),
+        (lambda: mma_sync_fragments(16, "s64"), "mma.sync: D type s64"),
     ],
 )
 def test_unknown_shapes_are_refused(call: Any, message: str) -> None:

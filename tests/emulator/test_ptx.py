@@ -116,6 +116,8 @@ def test_scopes_hide_registers_and_labels() -> None:
         (".version 8.0\n$", r"line 2: unexpected '\$'"),
         (module("add.u32 %x, %x, %x;"), r"%x is not a declared register"),
         (module("", declarations=".reg .v4 .f32 %v;"), "vector registers"),
+        (module("mov.u64 %f, f;", declarations=".reg .b64 %f;", top=".func f() { ret; }"), "line 9: f is a function, and only direct calls"),
+        (module("p: .callprototype _ (); call %f, p;", declarations=".reg .b64 %f;"), "only direct calls are modelled"),
         (module(".reg .b32 %a; .reg .b32 %a;"), "%a is declared twice"),
         (module("L: L: ret;"), "label L is defined twice"),
         (module("bra Nowhere;"), "Nowhere is not declared"),

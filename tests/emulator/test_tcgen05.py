@@ -30,8 +30,8 @@ def test_values_go_through_tensor_memory(name: str, seed: int) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "kind"),
     [
-        (WAIT_ST, "", "data race"),
-        (WAIT_LD, "", "data race"),
+        (WAIT_ST, "", "missing wait"),
+        (WAIT_LD, "", "missing wait"),
         (FREE, "", "tensor memory lifetime"),
         ("%d, 64;", "%d, 32;", "tensor memory lifetime"),
         ("bar.sync 0; @%first tcgen05.dealloc", "@%first tcgen05.dealloc", ("data race", "tensor memory lifetime")),

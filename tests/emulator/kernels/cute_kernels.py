@@ -1,8 +1,8 @@
 """A block-scaled matrix product for sm_100a in CuTe DSL, compiled by compile_cute.py: one or two CTAs, one or two weights.
 
-C = A @ B^T, or silu(g1 * A @ GATE^T) * (g2 * A @ UP^T), from NVFP4 operands with scales in 128x4 blocks. A tile of C for each
-CTA or pair: warps 0 to 3 read the accumulators, warp 4 issues the MMAs, warp 5 loads by TMA. The second CTA of a pair loads its
-half of A and of the weights and reads its half of the accumulators; the first issues for both.
+C = A @ B^T, or silu(g1 * A @ GATE^T) * (g2 * A @ UP^T), from NVFP4, MXFP4 or MXFP8 operands with scales in 128x4 blocks. A tile
+of C for each CTA or pair: warps 0 to 3 read the accumulators, warp 4 issues the MMAs, warp 5 loads by TMA. The second CTA of a
+pair loads its half of A and of the weights and reads its half of the accumulators; the first issues for both.
 """
 
 import cutlass
@@ -14,8 +14,6 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 from cutlass.memory import SmemAllocator, TmemAllocator
 
 E2M1, E4M3, BF16, F32 = cutlass.Float4E2M1FN, cutlass.Float8E4M3FN, cutlass.BFloat16, cutlass.Float32
-BLOCK = 16
-K_TILE = 256
 MMA_WARP, TMA_WARP = 4, 5
 THREADS = 192
 
@@ -23,16 +21,22 @@ THREADS = 192
 class BlockScaledGemm:
     """tile: (M, N) of a CTA or a pair, M 128 for each CTA, N 64 or a multiple of 128; `gated` for two weights.
 
+    element, scale, block: types of the operands and of their scales, one for each `block` elements.
+
     Scales come in blocks of 128 rows, so two tiles of N 64 share one, and the odd one's scales start two columns later.
     """
 
-    def __init__(self, cta_group: int, tile: tuple[int, int], stages: int, gated: bool) -> None:
+    def __init__(
+        self, cta_group: int, tile: tuple[int, int], stages: int, gated: bool, element=E2M1, scale=E4M3, block: int = 16
+    ) -> None:
+        self.element, self.scale, self.block = element, scale, block
+        self.k_tile = 128 * 8 // element.width
         self.pair = cta_group == 2
         self.group = tcgen05.CtaGroup.TWO if self.pair else tcgen05.CtaGroup.ONE
-        self.tile = (*tile, K_TILE)
+        self.tile = (*tile, self.k_tile)
         # scales of the weights: all of N in both CTAs, as for an MMA of one CTA
         self.narrow = tile[1] == 64
-        self.tile_b_scales = (128, max(tile[1], 128), K_TILE)
+        self.tile_b_scales = (128, max(tile[1], 128), self.k_tile)
         self.stages = stages
         self.gated = gated
         self.weights = 2 if gated else 1
@@ -43,7 +47,7 @@ class BlockScaledGemm:
 
     def make_mma(self, group: tcgen05.CtaGroup, shape: tuple[int, int]) -> cute.TiledMma:
         return sm100.make_blockscaled_trivial_tiled_mma(
-            E2M1, E2M1, OperandMajorMode.K, OperandMajorMode.K, E4M3, BLOCK, group, shape
+            self.element, self.element, OperandMajorMode.K, OperandMajorMode.K, self.scale, self.block, group, shape
         )
 
     @cute.jit
@@ -60,17 +64,17 @@ class BlockScaledGemm:
         cluster = cute.tiled_divide(cute.make_layout(cluster_shape), (mma.thr_id.shape,))
         cluster_one = cute.tiled_divide(cute.make_layout(cluster_shape), (mma_one.thr_id.shape,))
         layouts = (
-            sm100.make_smem_layout_a(mma, self.tile, E2M1, self.stages),
-            sm100.make_smem_layout_b(mma, self.tile, E2M1, self.stages),
-            blockscaled.make_smem_layout_sfa(mma, self.tile, BLOCK, self.stages),
-            blockscaled.make_smem_layout_sfb(mma, self.tile, BLOCK, self.stages),
+            sm100.make_smem_layout_a(mma, self.tile, self.element, self.stages),
+            sm100.make_smem_layout_b(mma, self.tile, self.element, self.stages),
+            blockscaled.make_smem_layout_sfa(mma, self.tile, self.block, self.stages),
+            blockscaled.make_smem_layout_sfb(mma, self.tile, self.block, self.stages),
         )
         stage = [cute.slice_(layout, (None, None, None, 0)) for layout in layouts]
-        each = [cute.size_in_bytes(t, s) for t, s in zip((E2M1, E2M1, E4M3, E4M3), stage)]
+        each = [cute.size_in_bytes(t, s) for t, s in zip((self.element, self.element, self.scale, self.scale), stage)]
         self.bytes = (each[0] + each[2] + self.weights * (each[1] + each[3])) * (2 if self.pair else 1)
 
         rows = cute.make_tensor(a, cute.make_ordered_layout((m, k, 1), order=(1, 0, 2)))
-        row_scales = cute.make_tensor(scale_a, blockscaled.tile_atom_to_shape_SF(rows.shape, BLOCK))
+        row_scales = cute.make_tensor(scale_a, blockscaled.tile_atom_to_shape_SF(rows.shape, self.block))
         load = cpasync.CopyBulkTensorTileG2SOp(self.group)
         load_all = cpasync.CopyBulkTensorTileG2SMulticastOp(self.group) if self.pair else load
         loads = [
@@ -82,7 +86,7 @@ class BlockScaledGemm:
         ]
         for weight, scale in zip(weights, scales):
             columns = cute.make_tensor(weight, cute.make_ordered_layout((n, k, 1), order=(1, 0, 2)))
-            column_scales = cute.make_tensor(scale, blockscaled.tile_atom_to_shape_SF(columns.shape, BLOCK))
+            column_scales = cute.make_tensor(scale, blockscaled.tile_atom_to_shape_SF(columns.shape, self.block))
             loads.append(cute.nvgpu.make_tiled_tma_atom_B(load, columns, stage[1], self.tile, mma, cluster.shape))
             loads.append(
                 cute.nvgpu.make_tiled_tma_atom_B(
@@ -105,10 +109,10 @@ class BlockScaledGemm:
             done: cute.struct.MemRange[cutlass.Int64, 2]
             freed: cutlass.Int64
             address: cutlass.Int32
-            a: cute.struct.Align[cute.struct.MemRange[E2M1, cute.cosize(layouts[0].outer)], 1024]
-            b: cute.struct.Align[cute.struct.MemRange[E2M1, self.weights * cute.cosize(layouts[1].outer)], 1024]
-            scale_a: cute.struct.Align[cute.struct.MemRange[E4M3, cute.cosize(layouts[2])], 1024]
-            scale_b: cute.struct.Align[cute.struct.MemRange[E4M3, self.weights * cute.cosize(layouts[3])], 1024]
+            a: cute.struct.Align[cute.struct.MemRange[self.element, cute.cosize(layouts[0].outer)], 1024]
+            b: cute.struct.Align[cute.struct.MemRange[self.element, self.weights * cute.cosize(layouts[1].outer)], 1024]
+            scale_a: cute.struct.Align[cute.struct.MemRange[self.scale, cute.cosize(layouts[2])], 1024]
+            scale_b: cute.struct.Align[cute.struct.MemRange[self.scale, self.weights * cute.cosize(layouts[3])], 1024]
 
         return Storage
 
@@ -153,7 +157,7 @@ class BlockScaledGemm:
         if cutlass.const_expr(self.pair):
             mask = cpasync.create_tma_multicast_mask(cluster_one, cluster_one.get_flat_coord(rank), mcast_mode=1)
         fragment_layout = mma.make_fragment_C(mma.partition_shape_C(self.tile[:2])).layout
-        steps = cute.ceil_div(shape[2], K_TILE)
+        steps = cute.ceil_div(shape[2], self.k_tile)
         pipeline.pipeline_init_wait(cluster_shape_mn=cluster_mn)
 
         # load
@@ -249,7 +253,7 @@ class BlockScaledGemm:
         a, b, scale_a, scale_b = layouts
         found = [storage.a.get_tensor(a.outer, swizzle=a.inner), storage.scale_a.get_tensor(scale_a)]
         for w in range(self.weights):
-            weight = cute.recast_ptr(storage.b.data_ptr() + w * cute.cosize(b.outer), b.inner, dtype=E2M1)
+            weight = cute.recast_ptr(storage.b.data_ptr() + w * cute.cosize(b.outer), b.inner, dtype=self.element)
             found.append(cute.make_tensor(weight, b.outer))
             found.append(cute.make_tensor(storage.scale_b.data_ptr() + w * cute.cosize(scale_b), scale_b))
         return found
@@ -278,14 +282,14 @@ class BlockScaledGemm:
         found, column = [], self.scale_columns
         for i in range(1 + self.weights):
             make = blockscaled.make_tmem_layout_sfb if i else blockscaled.make_tmem_layout_sfa
-            layout = make(mma, self.tile, BLOCK, cute.slice_(layouts[3 if i else 2], (None, None, None, 0)))
-            operand = cute.make_tensor(cute.recast_ptr(base + column, dtype=E4M3), layout)
+            layout = make(mma, self.tile, self.block, cute.slice_(layouts[3 if i else 2], (None, None, None, 0)))
+            operand = cute.make_tensor(cute.recast_ptr(base + column, dtype=self.scale), layout)
             source, target = cute.filter_zeros(shared[1 + 2 * i]), cute.filter_zeros(operand)
-            copy = tcgen05.make_s2t_copy(cute.make_copy_atom(tcgen05.Cp4x32x128bOp(self.group), E4M3), target)
+            copy = tcgen05.make_s2t_copy(cute.make_copy_atom(tcgen05.Cp4x32x128bOp(self.group), self.scale), target)
             lane = copy.get_slice(0)
             described = tcgen05.get_s2t_smem_desc_tensor(copy, lane.partition_S(source))
             if i and self.narrow:
-                operand = cute.make_tensor(cute.recast_ptr(base + column + shift, dtype=E4M3), layout)
+                operand = cute.make_tensor(cute.recast_ptr(base + column + shift, dtype=self.scale), layout)
             found.append((copy, described, lane.partition_D(target), operand))
             column += (self.tile_b_scales[1] if i else 128) // 32 * 4
         return found

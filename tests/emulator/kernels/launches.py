@@ -15,15 +15,16 @@ import numpy as np
 
 FOLDER = Path(__file__).parent
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
-STORAGE = {"f16": "float16", "bf16": "uint16"}  # dtype of the buffer C
+STORAGE = {"f16": "float16", "bf16": "uint16", "f32": "float32"}  # dtype of the buffer C
 
 
 @dataclass(frozen=True)
 class Problem:
     """C = A @ B^T, or with global scales silu(g1 * A @ GATE^T) * (g2 * A @ UP^T); A is [m, k], the others [n, k].
 
-    element: e2m1 (two a byte, low nibble first), e4m3, e5m2, bf16. scale: "", ue4m3 or ue8m0, one for each `block` elements
-    of a row. scale_layout: linear [rows, k / block], or 128x4: blocks of 128 rows by 4 scales, 512 bytes each.
+    element: e2m1 (two a byte, low nibble first), e4m3, e5m2, f16, bf16, tf32 (in float32). scale: "", ue4m3 or ue8m0, one for
+    each `block` elements of a row. scale_layout: linear [rows, k / block], or 128x4: blocks of 128 rows by 4 scales, 512 bytes
+    each. k_major: of A and of the others; those that are not are stored [k, rows].
     """
 
     m: int
@@ -36,6 +37,7 @@ class Problem:
     out: str = "f16"
     global_scales: tuple[float, float] | None = None
     seed: int = 0
+    k_major: tuple[bool, bool] = (True, True)
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -47,7 +49,8 @@ class Problem:
             return (self.m, self.n)
         rows = self.m if buffer.endswith("A") else self.n
         if not buffer.startswith("SCALE_"):
-            return (rows, self.k // 2 if self.element == "e2m1" else self.k)
+            shape = (rows, self.k // 2 if self.element == "e2m1" else self.k)
+            return shape if self.k_major[buffer != "A"] else shape[::-1]
         if self.scale_layout == "128x4":
             return (1, -(-rows // 128), -(-self.k // self.block // 4), 2, 256)
         return (rows, self.k // self.block)
@@ -56,7 +59,7 @@ class Problem:
         """The "buffers" of a launch description."""
         names = ["A", *self.weights]
         names += [f"SCALE_{name}" for name in names] if self.scale else []
-        wide = {"bf16": "uint16"}.get(self.element, "uint8")
+        wide = {"bf16": "uint16", "f16": "uint16", "tf32": "uint32"}.get(self.element, "uint8")
         found = {n: {"dtype": "uint8" if n.startswith("SCALE_") else wide, "shape": list(self.shape(n))} for n in names}
         return found | {"C": {"dtype": STORAGE[self.out], "shape": [self.m, self.n]}}
 
@@ -81,7 +84,10 @@ def write(name: str, ptx: str, launch: dict[str, Any], problem: Problem) -> None
     (FOLDER / "ptx").mkdir(exist_ok=True)
     (FOLDER / "launches").mkdir(exist_ok=True)
     (FOLDER / "ptx" / f"{name}.ptx").write_text(ptx)
-    whole = {**launch, "buffers": problem.buffers(), "problem": asdict(problem)}
+    described = asdict(problem)
+    if all(problem.k_major):
+        del described["k_major"]
+    whole = {**launch, "buffers": problem.buffers(), "problem": described}
     (FOLDER / "launches" / f"{name}.json").write_text(_text(whole) + "\n")
     print(name, len(ptx), "bytes of PTX")
 
@@ -96,6 +102,7 @@ def load(name: str) -> tuple[str, dict[str, Any], Problem]:
     values = launch.pop("problem")
     if values["global_scales"]:
         values["global_scales"] = tuple(values["global_scales"])
+    values["k_major"] = tuple(values.get("k_major", (True, True)))
     return (FOLDER / "ptx" / f"{name}.ptx").read_text(), launch, Problem(**values)
 
 
@@ -117,6 +124,8 @@ def _values(p: Problem, data: np.ndarray) -> np.ndarray:
         return E2M1[np.stack([data & 15, data >> 4], axis=-1).reshape(data.shape[0], -1)]
     if p.element == "bf16":
         return (data.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    if p.element in ("f16", "tf32"):
+        return data.view(np.float16 if p.element == "f16" else np.float32).astype(np.float64)
     return _small_float(data.astype(np.int64), *{"e4m3": (4, 3), "e5m2": (5, 2)}[p.element])
 
 
@@ -136,7 +145,7 @@ def _linear_scales(p: Problem, stored: np.ndarray, rows: int) -> np.ndarray:
 
 
 def make_inputs(p: Problem) -> dict[str, np.ndarray]:
-    """Every input buffer: all element codes that are finite, scales over eight powers of two, bf16 from -2 to 2."""
+    """Every input buffer: all element codes that are finite, scales over eight powers of two, wide elements from -2 to 2."""
     rng = np.random.default_rng(p.seed)
     out = {}
     for name, spec in p.buffers().items():
@@ -148,6 +157,10 @@ def make_inputs(p: Problem) -> dict[str, np.ndarray]:
             out[name] = rng.integers(low, high, shape, dtype=np.uint8)
         elif p.element == "bf16":
             out[name] = (rng.uniform(-2, 2, shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        elif p.element == "f16":
+            out[name] = rng.uniform(-2, 2, shape).astype(np.float16).view(np.uint16)
+        elif p.element == "tf32":
+            out[name] = rng.uniform(-2, 2, shape).astype(np.float32).view(np.uint32) & np.uint32(0xFFFFE000)
         elif p.element == "e2m1":
             out[name] = rng.integers(0, 256, shape, dtype=np.uint8)
         else:
@@ -160,6 +173,8 @@ def make_inputs(p: Problem) -> dict[str, np.ndarray]:
 def operand(p: Problem, inputs: dict[str, np.ndarray], name: str) -> np.ndarray:
     """An operand as the numbers it stands for, float64 [rows, k]."""
     values = _values(p, inputs[name])
+    if not p.k_major[name != "A"]:
+        values = values.T
     if not p.scale:
         return values
     scales = _scale_values(p, _linear_scales(p, inputs[f"SCALE_{name}"], values.shape[0]))
@@ -188,12 +203,12 @@ def expect(p: Problem, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.nd
         result = silu * up
         evaluation = (np.abs(gate) + 8) * 2.0**-23
         error = 1.1 * gate_error * np.abs(up) + (np.abs(silu) + 1.1 * gate_error) * up_error + evaluation * np.abs(result)
-    half_unit = {"f16": (2.0**-11, 2.0**-25), "bf16": (2.0**-8, 2.0**-134)}[p.out]
+    half_unit = {"f16": (2.0**-11, 2.0**-25), "bf16": (2.0**-8, 2.0**-134), "f32": (0.0, 0.0)}[p.out]
     return result, error + (np.abs(result) + error) * half_unit[0] + half_unit[1]
 
 
 def read_out(p: Problem, stored: np.ndarray) -> np.ndarray:
     """The buffer C as float64 [m, n]."""
-    if p.out == "f16":
-        return stored.view(np.float16).astype(np.float64)
+    if p.out in ("f16", "f32"):
+        return stored.view(STORAGE[p.out]).astype(np.float64)
     return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
