@@ -3,8 +3,7 @@ operator, the short way taken where it should be and only there, and the same re
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +14,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fake_hopper import FakeCuda, Launch, fake_hopper
+from backends.hopper.calls import Long, expected, pair, tokens
+from fake_hopper import FakeCuda, Launch
 from glu4 import (
     IDENTITY,
     SILU,
@@ -23,57 +23,17 @@ from glu4 import (
     GatedWeights,
     LinearWeight,
     NVFP4Tensor,
-    UnsupportedError,
     clamped_silu,
     dual_gemm,
     linear,
     ops,
     quantize,
-    reference,
 )
-from glu4 import weights as weights_module
 from glu4.backends.hopper import direct, launch
 from glu4.backends.hopper.spec import DecodeSpec, KernelSpec
 from operands import full_range
 
-Operand = torch.Tensor | NVFP4Tensor
 DTYPES = (torch.float16, torch.bfloat16)
-
-
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
-    with fake_hopper(monkeypatch) as fake, warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield fake
-
-
-def tokens(seed: int, *shape: int, kind: str = "float16") -> Operand:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return quantize(x) if kind == "nvfp4" else x.to(getattr(torch, kind))
-
-
-def pair(seed: int, *shape: int, **biases: torch.Tensor) -> GatedWeights:
-    return GatedWeights(full_range(seed, *shape), full_range(seed + 1, *shape), **biases)
-
-
-def expected(x: Operand, w: GatedWeights | NVFP4Tensor, dtype: torch.dtype, **kwargs: Any) -> torch.Tensor:
-    if isinstance(w, NVFP4Tensor):
-        return reference.linear(x, w, out_dtype=dtype, **kwargs)
-    return reference.dual_gemm(x, w.gate, w.up, gate_bias=w.gate_bias, up_bias=w.up_bias, out_dtype=dtype, **kwargs)
-
-
-class Long(Exception):
-    """The long way was taken."""
-
-
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls that do not take the short way fail."""
-
-    def refuse(*_: object, **__: object) -> None:
-        raise Long
-
-    monkeypatch.setattr(ops, "check_dense", refuse)
 
 
 # ---- results ----
@@ -575,93 +535,3 @@ def test_the_current_device_may_be_another(cuda: FakeCuda) -> None:
     cuda.device = 3
     assert torch.equal(dual_gemm(x, w), expected(x, w, torch.float16))
     assert (cuda.launches[-1].device, cuda.device) == (-1, 3)
-
-
-# ---- weights that were not prepared ----
-
-
-def test_unprepared_weights_are_packed_once_and_remembered(cuda: FakeCuda) -> None:
-    w, weight, x = pair(1, 40, 80), LinearWeight(full_range(1, 40, 80)), tokens(1, 5, 80)
-    assert w.packed is weight.packed is None
-    assert torch.equal(dual_gemm(x, w), expected(x, w, torch.float16))
-    assert torch.equal(linear(x, weight), expected(x, weight.matrix, torch.float16))
-    packed = w.packed, weight.packed
-    assert packed[0] is not None
-    dual_gemm(x, w)
-    linear(x, weight)
-    assert (w.packed, weight.packed) == packed
-    assert w.direct is not None
-    assert len(cuda.launches) == 4
-    assert all(6 in e.attributes for e in cuda.launches)
-    other = pair(1, 40, 80)
-    dual_gemm(x.float(), other)  # type: ignore[union-attr]
-    dual_gemm(x, other, backend="portable")
-    assert other.packed is None
-
-
-def test_bare_tensors_are_packed_by_each_call_with_one_warning(cuda: FakeCuda) -> None:
-    w, x = pair(1, 40, 80), tokens(1, 5, 80)
-    with pytest.warns(UserWarning, match=r"packed again at every call; use GatedWeights\(gate, up\)\.prepare"):
-        assert torch.equal(dual_gemm(x, (w.gate, w.up)), expected(x, w, torch.float16))
-    assert torch.equal(linear(x, w.gate), expected(x, w.gate, torch.float16))
-    assert len(cuda.launches) == 2
-    # the kernel may read weights before the work ahead of it in the stream is done, and here that work packs them
-    assert all(6 not in e.attributes for e in cuda.launches)
-
-
-def _synchronise(_: object) -> None:
-    raise AssertionError("scales were read on the host, which a capture does not survive")
-
-
-def test_packing_needs_no_capture(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing can be packed once and for all while a graph is captured."""
-    w, x = pair(1, 40, 80), tokens(1, 5, 80)
-    monkeypatch.setattr(weights_module, "_capturing", lambda device: True)
-    monkeypatch.setattr(NVFP4Tensor, "check_values", _synchronise)
-    for weights in (w, (w.gate, w.up)):
-        with pytest.raises(UnsupportedError, match="a CUDA graph is being captured, and these are not packed yet; prepare"):
-            dual_gemm(x, weights)
-
-
-def test_memory_that_runs_out_leaves_everything_usable(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    w, x = pair(1, 40, 80), tokens(1, 5, 80)
-    want = expected(x, w, torch.float16)
-
-    def full(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(weights_module, "pack_gated", full)
-        for call in (lambda: w.prepare("cpu", free_original=True), lambda: dual_gemm(x, w)):
-            with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
-                call()
-    assert w.packed is None
-    prepared = w.prepare("cpu")
-    with monkeypatch.context() as patch:
-        patch.setattr(direct.torch, "empty", full)
-        with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
-            dual_gemm(x, prepared)
-    assert torch.equal(dual_gemm(x, prepared), want)
-
-
-def test_only_the_packed_form(cuda: FakeCuda) -> None:
-    w, x = pair(1, 40, 80), tokens(1, 5, 80)
-    want, wide = expected(x, w, torch.float16), dual_gemm(x.float(), w)  # type: ignore[union-attr]
-    freed = w.prepare("cpu", free_original=True)
-    assert freed.matrices is None
-    assert torch.equal(dual_gemm(x, freed), want)
-    assert torch.equal(dual_gemm(x.t().contiguous().t(), freed), want)  # type: ignore[union-attr]
-    with pytest.warns(UserWarning, match="prepared with free_original=True are unpacked at every call"):
-        assert torch.equal(dual_gemm(x.float(), freed), wide)  # type: ignore[union-attr]
-    assert torch.equal(dual_gemm(x.float(), freed), wide)  # type: ignore[union-attr]
-    assert freed.matrices is None
-
-
-def test_a_clone_of_packed_weights_gets_its_spare_unit_back(cuda: FakeCuda) -> None:
-    w, x, out = pair(1, 40, 80).prepare("cpu"), tokens(1, 5, 80), torch.zeros(5, 40).half()
-    assert w.packed is not None
-    gate, up = ([m.codes, m.block_scale.view(torch.uint8), m.global_scale] for m in (w.gate, w.up))
-    torch.ops.glu4.dual_gemm(out, [x], gate, up, w.packed.clone(), None, None, "swish", [1.0, 0.0, float("inf")], "hopper")
-    assert torch.equal(out, dual_gemm(x, w))
-    assert cuda.launches[0].parameters[2] != w.packed.data_ptr()
-    assert [6 in e.attributes for e in cuda.launches] == [False, True]

@@ -124,14 +124,20 @@ def _frame_variable(context: Context, operand: Operand) -> str | None:
     return None
 
 
-def _ld(context: Context, mods: Modifiers) -> Step:
-    order = _order(mods, ("relaxed", "acquire"))
+def _form(context: Context, mods: Modifiers, strong: str) -> tuple[str, str, str, int, tuple[Operand, ...]]:
+    """(order, state space, type, elements, operands) of ld or st; the operand after two is a cache policy."""
+    order = _order(mods, ("relaxed", strong))
     space = _space(mods)
     policy = _hints(mods)
     kind, count = _shape(mods)
     operands = context.operands(2, 3)
     if len(operands) == 3 and not policy:
         raise context.error("unexpected third operand")
+    return order, space, kind, count, operands
+
+
+def _ld(context: Context, mods: Modifiers) -> Step:
+    order, space, kind, count, operands = _form(context, mods, "acquire")
     rows = _elements(context, mods, operands[0], kind, count, True)
     if space == "param":
         name = _frame_variable(context, operands[1])
@@ -205,13 +211,7 @@ def _st(context: Context, mods: Modifiers) -> Step:
         from glu4.emulator.isa.transfer import st_async
 
         return st_async(context, mods)
-    order = _order(mods, ("relaxed", "release"))
-    space = _space(mods)
-    policy = _hints(mods)
-    kind, count = _shape(mods)
-    operands = context.operands(2, 3)
-    if len(operands) == 3 and not policy:
-        raise context.error("unexpected third operand")
+    order, space, kind, count, operands = _form(context, mods, "release")
     rows = _elements(context, mods, operands[1], kind, count, False)
     if space == "param":
         name = _frame_variable(context, operands[0])
