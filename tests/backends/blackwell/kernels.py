@@ -41,6 +41,48 @@ KERNELS: dict[str, tuple[KernelSpec, tuple[int, int, int]]] = {
         KernelSpec(Config(2, 256, 64, stages=4, gate_first=2, collector=True, pdl=True, schedule="static"), "bf16"),
         (300, 200, 800),
     ),
+    "weights early": (
+        KernelSpec(Config(tile_n=64, stages=3, barriers="separate", pdl=True, early_weights=True), "f16"),
+        (130, 190, 1056),
+    ),
+    "static, weights early": (
+        KernelSpec(Config(2, 256, 64, stages=2, pdl=True, early_weights=True, prefetch_scales=True, schedule="static"), "bf16"),
+        (300, 200, 800),
+    ),
+    "tma store": (KernelSpec(Config(tile_n=64, stages=2, load_width=16, store="tma"), "f16"), (130, 104, 544)),
+    "tma store, pair": (
+        KernelSpec(Config(2, 256, 64, stages=3, load_width=64, gate_first=2, schedule="static", store="tma"), "bf16"),
+        (300, 136, 800),
+    ),
+    "tma store, one piece": (
+        KernelSpec(Config(tile_n=32, stages=2, schedule="static", store="tma"), "f16", dual=False),
+        (300, 72, 288),
+    ),
+    "split": (KernelSpec(Config(tile_n=64, stages=2, split=3), "f16"), (130, 72, 1056)),
+    "split, pair": (
+        KernelSpec(Config(2, 256, 64, stages=2, load_width=16, pdl=True, store="tma", split=2), "bf16"),
+        (260, 72, 1056),
+    ),
+    "split, linear": (KernelSpec(Config(tile_n=32, stages=2, load_width=16, split=2), "f16", dual=False), (130, 72, 544)),
+    "launch control": (KernelSpec(Config(tile_n=64, stages=3, schedule="launch_control"), "f16"), (300, 260, 544)),
+    "launch control, pair": (
+        KernelSpec(
+            Config(
+                2,
+                256,
+                64,
+                stages=2,
+                gate_first=2,
+                pdl=True,
+                early_weights=True,
+                prefetch_scales=True,
+                store="tma",
+                schedule="launch_control",
+            ),
+            "bf16",
+        ),
+        (600, 136, 800),
+    ),
     "linear": (KernelSpec(Config(tile_n=256, stages=2), "f16", dual=False), (130, 264, 800)),
     "linear, pair": (KernelSpec(Config(2, 256, 64, stages=3, order="by_matrix"), "bf16", dual=False), (260, 90, 1056)),
 }

@@ -16,9 +16,11 @@ from glu4.compiled.cubin import resources
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "blackwell.md"
 BEGIN, END = "<!-- kernels: begin -->\n", "<!-- kernels: end -->\n"
+LOADS, STORES = (rf"cp\.async\.bulk\.tensor\S*{how}" for how in ("complete_tx", "bulk_group"))
+PREFETCHES = r"cp\.async\.bulk\.prefetch\.tensor"
 HEAD = """\
-| kernel | shared bytes | TMEM columns, used of allocated | registers | stack | TMA loads | scale copies | MMAs | stores of 16 bytes |
-|---|---|---|---|---|---|---|---|---|
+| kernel | shared bytes | TMEM columns, used of allocated | registers | stack | TMA loads | prefetches | TMA stores | scale copies | MMAs | stores of 16 bytes |
+|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -28,7 +30,7 @@ def table(kernels: Mapping[str, Exported]) -> str:
     for kernel in kernels.values():
         c, weights = kernel.spec.config, kernel.spec.weights
         registers, stack = resources(kernel.cubin)
-        patterns = (r"cp\.async\.bulk\.tensor", r"tcgen05\.cp\.", r"tcgen05\.mma", r"st\.global\.v4")
+        patterns = (LOADS, PREFETCHES, STORES, r"tcgen05\.cp\.", r"tcgen05\.mma", r"st\.global\.v4")
         counts = [len(re.findall(pattern, kernel.ptx)) for pattern in patterns]
         columns = f"{c.used_columns(weights)} of {c.columns(weights)}"
         cells = [kernel.spec.name, c.shared_bytes(weights), columns, registers, stack, *counts]

@@ -69,6 +69,12 @@ REFUSED = {
     "load_width 64: an accumulator has 32 columns": Config(tile_n=32, load_width=64),
     "gate_first 3: these steps stay in shared memory until up's products, and there are 2 stages": Config(stages=2, gate_first=3),
     "collector: the buffer holds one A": Config(order="by_matrix", collector=True),
+    "split 29: K has 28 steps of 256, and a part needs one": Config(split=29),
+    "split 2, gate_first 1: the activation of a part of a sum means nothing": Config(split=2, gate_first=1),
+    'split 2, schedule "static": the parts of a tile are CTAs of one wave': Config(split=2, schedule="static"),
+    'split 2, schedule "launch_control": the parts of': Config(split=2, schedule="launch_control"),
+    "early_weights: what they come before is griddepcontrol.wait, which a kernel has with pdl": Config(early_weights=True),
+    "4 stages take 238592 bytes of shared memory; a CTA has 232448, enough for 3": Config(store="tma"),
     "5 stages take 277504 bytes of shared memory; a CTA has 232448, enough for 4": Config(stages=5),
 }  # fmt: skip
 
@@ -87,6 +93,21 @@ def test_one_matrix() -> None:
     assert list(candidates(problem))
     for config in (Config(gate_first=1), Config(collector=True), Config(barriers="separate")):
         assert legal(config, problem) == 'gate_first, collector and barriers "separate" order two products, and linear has one'
+
+
+def test_linear_has_no_silu() -> None:
+    problem = Problem(8, 256, 256, operation="linear")
+    assert legal(Config(silu="tanh"), problem) == 'silu "tanh": linear has no activation'
+
+
+def test_tensor_stores_need_rows_of_16_bytes() -> None:
+    config = Config(stages=3, store="tma")
+    assert legal(config, Problem(8, 104, 256)) is None
+    found = legal(config, Problem(8, 100, 256))
+    assert found is not None
+    assert found.startswith(
+        'store "tma", N 100: tensor copies need rows of a multiple of 16 bytes, so N must be a multiple of 8'
+    )
 
 
 def test_narrow_tiles_are_legal() -> None:
@@ -119,10 +140,12 @@ def test_problems_that_are_refused(problem: Problem | GroupedProblem, reason: st
     [
         ("ctas", 3, "ctas: expected 1 or a pair, 2, got 3"),
         ("stages", 0, "stages: expected a positive number, got 0"),
-        ("schedule", "clc", "schedule: expected one of one_wave, static, got clc"),
+        ("schedule", "clc", "schedule: expected one of one_wave, static, launch_control, got clc"),
         ("gate_first", -1, "gate_first: expected a number of steps or 0, got -1"),
         ("order", "gate", "order: expected one of interleaved, by_matrix, got gate"),
         ("barriers", "none", "barriers: expected one of joint, separate, got none"),
+        ("store", "st", "store: expected one of direct, tma, got st"),
+        ("silu", "sin", "silu: expected one of exp, tanh, got sin"),
         ("load_width", 24, "load_width: expected one of 8, 16, 32, 64, got 24"),
     ],
 )
@@ -158,6 +181,7 @@ def test_names_and_keys_tell_kernels_apart() -> None:
         for field, value in [
             ("stages", 4), ("stages", 3), ("tile_n", 64), ("tile_k", 128), ("order", "by_matrix"), ("barriers", "separate"), ("load_width", 8),
             ("gate_first", 1), ("collector", True), ("evict_first", True), ("pdl", True), ("schedule", "static"),
+            ("early_weights", True), ("prefetch_scales", True), ("store", "tma"), ("silu", "tanh"), ("split", 2), ("schedule", "launch_control"),
         ]
         for out in ("f16", "bf16")
         for dual in (True, False)
@@ -168,3 +192,12 @@ def test_names_and_keys_tell_kernels_apart() -> None:
     for spec in specs:
         assert KernelSpec.from_dict(spec.to_dict()) == spec
     assert KernelSpec.of(Config(), torch.bfloat16) == KernelSpec(Config(), "bf16")
+
+
+def test_a_split_tile_has_more_ctas_and_a_workspace() -> None:
+    """A ticket for each CTA's part of a tile; 32-bit sums of gate and up for each part of K."""
+    config = Config(2, 256, 64, split=4)
+    assert config.grid(300, 100, 3) == (4, 2, 12)
+    tiles = 2 * 2 * 3
+    assert config.workspace_bytes(300, 100, 3) == 4 * (tiles * 2 + tiles * 4 * 2 * 256 * 64)
+    assert Config().workspace_bytes(300, 100, 3) == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from glu4.backends.blackwell.emulation import Exported, export
 from glu4.backends.blackwell.spec import KernelSpec
 from glu4.compiled.cubin import resources
 from glu4.compiled.store import compile_missing, file_of, read
+from glu4.emulator.isa import tma
 from glu4.emulator.launch import load
 from glu4.errors import UnsupportedError
 from glu4.nvfp4 import NVFP4Tensor
@@ -94,6 +96,31 @@ def test_batches_and_biases(kernels: dict[str, Exported], name: str) -> None:
 def test_few_steps(kernels: dict[str, Exported], steps: int) -> None:
     """Fewer steps than stages, and than those whose gate products come first."""
     prove(kernels["published"], full_range_case(11, 20, 40, 256 * steps - 32), SCHEDULES[1:2])
+
+
+@pytest.mark.parametrize("name", ["split", "split, pair"])
+def test_split_sums_do_not_depend_on_who_is_last(kernels: dict[str, Exported], name: str) -> None:
+    """The same bits under every schedule, each launch with the workspace that the one before left."""
+    case = full_range_case(14, 40, 72, 800, batch=2, out_dtype=DTYPES[KERNELS[name][0].out])
+    first = workspace = None
+    for schedule, seed in (*SCHEDULES, ("random", 3)):
+        result, out = run(kernels[name], case, schedule_name=schedule, seed=seed, workspace=workspace)
+        assert result.report.clean, str(result.report)
+        assert check(case, out).ok
+        first = out if first is None else first
+        assert torch.equal(out.view(torch.int16), first.view(torch.int16))
+        workspace = result.buffers["workspace"].view("int32")
+
+
+def test_a_ticket_that_stays_is_found(kernels: dict[str, Exported]) -> None:
+    """A planted fault: nobody is last in a second launch, so nothing is written."""
+    spec, (m, n, k) = KERNELS["split"]
+    case = full_range_case(14, m, n, k, out_dtype=DTYPES[spec.out])
+    program = load(changed(kernels["split"].ptx, r"st\.global\.\w+\s+\[%rd\d+\], (0|%r\d+);", "", r"tcgen05\.relinquish"))
+    result, out = run(kernels["split"], case, program=program)
+    assert check(case, out, diagnose=False).ok
+    _, out = run(kernels["split"], case, program=program, workspace=result.buffers["workspace"].view("int32"))
+    assert not check(case, out, diagnose=False).ok
 
 
 def gates(values: torch.Tensor, up: float) -> Case:
@@ -175,6 +202,11 @@ def count(kernel: Exported, pattern: str) -> int:
     return len(re.findall(pattern, kernel.ptx))
 
 
+def pieces_in_ptx(c: Config) -> int:
+    """Pieces of load_width columns are a loop; after `gate_first`, whose activations stay in registers, they are not."""
+    return c.tile_n // c.load_width if c.gate_first else 1
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_instructions(kernels: dict[str, Exported], name: str) -> None:
     """A step along K has one copy of each operand's codes and scales, and the scale copies and MMAs of its products.
@@ -185,7 +217,13 @@ def test_instructions(kernels: dict[str, Exported], name: str) -> None:
     c = spec.config
     blocks, loops = c.tile_k // 64, 2 if c.gate_first else 1
     mmas = spec.weights * blocks * loops
-    assert count(kernel, r"cp\.async\.bulk\.tensor") == 2 * (1 + spec.weights)
+    copies = 2 * (1 + spec.weights)
+    assert count(kernel, r"cp\.async\.bulk\.tensor\S*mbarrier::complete_tx") == copies * (2 if c.early_weights else 1)
+    assert count(kernel, r"cp\.async\.bulk\.tensor\S*bulk_group") == (pieces_in_ptx(c) if c.store == "tma" else 0)
+    assert (
+        count(kernel, r"cp\.async\.bulk\.prefetch\.tensor")
+        == (1 + spec.weights) * (2 if c.early_weights else 1) * c.prefetch_scales
+    )
     assert count(kernel, rf"tcgen05\.mma\.cta_group::{c.ctas}\.kind::mxf4nvf4\.block_scale\.block16") == mmas
     assert count(kernel, r"tcgen05\.mma") == mmas
     atoms = 1 + spec.weights * c.scale_rows // 128
@@ -198,6 +236,39 @@ def test_instructions(kernels: dict[str, Exported], name: str) -> None:
 
 def test_the_table_of_the_documentation(kernels: dict[str, Exported]) -> None:
     assert written() == table(kernels)
+
+
+def test_prefetches_are_of_scales_that_are_loaded_later(kernels: dict[str, Exported], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each CTA prefetches what it loads of scales, once, but for the steps that the first stages hold."""
+    fetched: list[Any] = []
+    loaded: list[Any] = []
+    load_tensor = tma._load_tensor
+
+    def prefetch(context: Any, mods: Any) -> Any:
+        mods.words.clear()
+        maps, coordinates = tma._map_operand(context, context.operands(1, 4)[0], 4, "tile")
+
+        def step(w: Any) -> None:
+            ((lane, only),) = tma._lanes(w)  # one thread
+            tensor = tma._fetch_map(w, tma.Issue(w, context, only), maps(w).tolist()[0], 4, "tile")
+            fetched.append((w.warp.cta, id(tensor), *(int(w.r[tma.S][row][lane]) for row in coordinates)))
+
+        return step
+
+    def load_box(w: Any, issue: Any, target: Any, tensor: Any, at: list[int]) -> None:
+        if len(at) == 4 and target.cta is w.warp.cta:  # of a multicast's copies one
+            loaded.append((w.warp.cta, id(tensor), *at))
+        load_tensor(w, issue, target, tensor, at)
+
+    monkeypatch.setattr(tma, "_prefetch", prefetch)
+    monkeypatch.setattr(tma, "_load_tensor", load_box)
+    spec, (m, n, k) = KERNELS["static, weights early"]
+    c = spec.config
+    kernel = kernels["static, weights early"]
+    run(kernel, full_range_case(13, m, n, k, out_dtype=DTYPES[spec.out]), program=load(kernel.ptx))
+    later = Counter(entry for entry in loaded if entry[3] >= c.stages * c.tile_k // 64)
+    assert Counter(fetched) == later
+    assert len({entry[:2] for entry in fetched}) == 3 * PROCESSORS
 
 
 @pytest.mark.parametrize("name", ["one CTA", "pair"])
@@ -260,6 +331,7 @@ def changed(ptx: str, pattern: str, new: str, before: str | None = None) -> str:
 
 
 WAIT, PASSED = r"mbarrier\.try_wait\.parity\S*\s+(\w+), .*", r"setp.eq.u32 \1, 0, 0;"
+TO_C = r"cp\.async\.bulk\.tensor\.3d\.global"
 # kernel, what is changed, what it becomes, before which line, and what must be found
 FAULTS = {
     "no wait for a full stage": ("one CTA", WAIT, PASSED, r"tcgen05\.cp", "missing wait"),
@@ -273,6 +345,16 @@ FAULTS = {
     "no wait for the kernel in front": ("n 32", r"griddepcontrol\.wait.*", "", None, "data race"),
     "gate's sums are not done": ("gate first", WAIT, PASSED, r"tcgen05\.ld", "data race"),
     "no wait until the last tile's sums are read": ("static", WAIT, PASSED, r"tcgen05\.cp", "data race"),
+    "no wait for the kernel in front before A": ("weights early", r"griddepcontrol\.wait.*", "", None, "data race"),
+    "no wait for a buffer's last copy": ("tma store", r"cp\.async\.bulk\.wait_group\.read\s+1;", "", None, "missing wait"),
+    "no barrier before a buffer is filled": ("tma store", r"bar\.sync\s+3, 128;", "", r"st\.shared\.v4", "missing wait"),
+    "no barrier before C is copied": ("tma store", r"bar\.sync\s+3, 128;", "", TO_C, "data race"),
+    "no proxy fence before C is copied": ("tma store", r"fence\.proxy\.async\.shared::cta;", "", None, "missing proxy fence"),
+    "no wait for C's last copies": (
+        "tma store", r"cp\.async\.bulk\.wait_group\.read\s+0;", "", None, "exit with work outstanding",
+    ),
+    "no barrier before the ticket": ("split", r"bar\.sync\s+3, 128;", "", r"atom\.acq_rel", "data race"),
+    "a ticket without order": ("split", r"atom\.acq_rel", "atom.relaxed", None, "data race"),
     "gate's sum into up's": ("one CTA", r"(tcgen05\.mma\S+\s+\[%\w+)\]", r"\1+128]", None, "numbers"),
 }  # fmt: skip
 
@@ -290,6 +372,36 @@ def test_planted_faults_are_found(kernels: dict[str, Exported], fault: str) -> N
         assert not check(case, out, diagnose=False).ok
     else:
         assert kind in found, str(result.report)
+
+
+LAUNCH_FAULTS = {
+    "no wait for a response": (
+        WAIT,
+        PASSED,
+        r"clusterlaunchcontrol\.query",
+        {"missing wait", "data race", "uninitialised read"},
+    ),
+    "the row of the tile for its column": (r"get_first_ctaid::y", "get_first_ctaid::z", None, {"numbers"}),
+}
+
+
+@pytest.mark.parametrize("fault", LAUNCH_FAULTS)
+def test_faults_of_taking_over_tiles_are_found(kernels: dict[str, Exported], fault: str) -> None:
+    """Ten tiles, two CTAs at a time: most are taken over."""
+    pattern, new, before, kinds = LAUNCH_FAULTS[fault]
+    case = full_range_case(15, 130, 260, 256)
+    program = load(changed(kernels["launch control"].ptx, pattern, new, before))
+    result, out = run(kernels["launch control"], case, program=program, resident=2, max_instructions=300_000)
+    found = {h.kind for h in result.report.hazards} | (set() if check(case, out, diagnose=False).ok else {"numbers"})
+    assert found & kinds, str(result.report)
+
+
+@pytest.mark.parametrize("resident", [1, 2, 3])
+def test_few_ctas_take_over_all_tiles(kernels: dict[str, Exported], resident: int) -> None:
+    case = full_range_case(15, 130, 260, 256)
+    result, out = run(kernels["launch control"], case, resident=resident, schedule_name="random", seed=1)
+    assert result.report.clean, str(result.report)
+    assert check(case, out).ok
 
 
 def test_gate_and_up_exchanged(kernels: dict[str, Exported]) -> None:

@@ -45,10 +45,11 @@ def _compile(spec: KernelSpec, directory: str) -> Any:
 
     operands = [pointer(t, 16) for _ in range(3) for t in (E2M1, E4M3)]
     floats_of = [pointer(cutlass.Float32, 4) for _ in range(5)]  # global scales and biases
+    written = [pointer(out, 16 if spec.config.store == "tma" else 2), pointer(cutlass.Int32, 4)]  # C, the workspace
     integers, floats = [cutlass.Int32(0) for _ in range(6)], [cutlass.Float32(0.0) for _ in range(3)]
     numbers = [cutlass.Int64(0), cutlass.Int64(0), integers[0], *floats, *integers[1:]]
     made = cute.compile(
-        DualGemm(spec.config, out, spec.dual), *operands, *floats_of, pointer(out, 2), *numbers, make_fake_stream(),
+        DualGemm(spec.config, out, spec.dual), *operands, *floats_of, *written, *numbers, make_fake_stream(),
         options=f"--gpu-arch {spec.arch} --keep-ptx --keep-cubin --dump-dir={directory}",
     )  # fmt: skip
     registers, frame_bytes = resources(bytes(made.artifacts.CUBIN))

@@ -23,7 +23,10 @@ _COPY_ALIGN = 16  # bytes: strides of a tensor map are multiples of it (CUDA dri
 _LOAD_WIDTHS = (8, 16, 32, 64)
 _ORDERS = ("interleaved", "by_matrix")
 _BARRIERS = ("joint", "separate")
-_SCHEDULES = ("one_wave", "static")
+_SCHEDULES = ("one_wave", "static", "launch_control")
+_STORES = ("direct", "tma")
+_SILUS = ("exp", "tanh")
+_STORE_BUFFERS = 2
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Config:
                 one after the other; "by_matrix" does all of gate first
     barriers    "joint": one mbarrier a stage; "separate": one for A and gate, one for up, which may come later
     schedule    "one_wave": a CTA or pair for each tile; "static": as many as fit on the device, each of which takes every so
-                many-th tile and loads the next one's operands while the last one is written
+                many-th tile and loads the next one's operands while the last one is written; "launch_control": a CTA or pair
+                for each tile, but one that runs takes over tiles of those that have not begun, and loads as in "static"
     load_width  columns of each accumulator that a thread of the epilogue reads at once
     gate_first  steps along K, the last ones, of which all gate products are issued before those of up, so that the epilogue
                 computes the activation while the tensor core does up's; 0: gate and up end together
@@ -45,6 +49,14 @@ class Config:
     evict_first weights leave the L2 cache first: each is read by few CTAs
     pdl         programmatic dependent launch: the kernel starts before the one in front of it in its stream has ended, and
                 waits for that one before it reads or writes memory
+    early_weights  weights and their scales fill the first stages before that wait: only for weights that the kernel in front
+                does not write
+    prefetch_scales  the scales of the step `stages` later are fetched to L2 while its stage is still in use
+    store       "direct": 16 bytes a thread from registers; "tma": through shared memory, two buffers of load_width columns
+    split       CTAs or pairs that share a tile, each with a part of K: all but the last to finish leave their sums in a
+                workspace, and that one adds them up in the order of K, so that a result does not depend on who was last
+    silu        "exp": sigmoid by ex2.approx and division; "tanh": by one tanh.approx, whose error is up to 2^-12 |gate up|
+                (PTX ISA, tanh: maximum relative error 2^-11), never a default
     """
 
     ctas: int = 1
@@ -60,11 +72,16 @@ class Config:
     evict_first: bool = False
     pdl: bool = False
     schedule: str = "one_wave"
+    early_weights: bool = False
+    prefetch_scales: bool = False
+    store: str = "direct"
+    silu: str = "exp"
+    split: int = 1
 
     def __post_init__(self) -> None:
         if self.ctas not in (1, 2):
             raise ValueError(f"ctas: expected 1 or a pair, 2, got {self.ctas}")
-        for name in ("tile_m", "tile_n", "tile_k", "stages"):
+        for name in ("tile_m", "tile_n", "tile_k", "stages", "split"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         if self.gate_first < 0:
@@ -74,6 +91,8 @@ class Config:
             ("barriers", _BARRIERS),
             ("schedule", _SCHEDULES),
             ("load_width", _LOAD_WIDTHS),
+            ("store", _STORES),
+            ("silu", _SILUS),
         ):
             if getattr(self, name) not in known:
                 listed = ", ".join(str(v) for v in known)
@@ -83,7 +102,14 @@ class Config:
     def name(self) -> str:
         tile = f"m{self.tile_m}n{self.tile_n}k{self.tile_k}"
         order = {"interleaved": "i", "by_matrix": "b"}[self.order] + {"joint": "j", "separate": "s"}[self.barriers]
-        switches = "a" * self.collector + "e" * self.evict_first + "p" * self.pdl + "t" * (self.schedule == "static")
+        switches = (
+            "a" * self.collector
+            + "e" * self.evict_first
+            + "p" * self.pdl
+            + {"one_wave": "", "static": "t", "launch_control": "c"}[self.schedule]
+        )
+        switches += "w" * self.early_weights + "f" * self.prefetch_scales + "o" * (self.store == "tma")
+        switches += "h" * (self.silu == "tanh") + (f"x{self.split}" if self.split > 1 else "")
         return f"c{self.ctas}{tile}s{self.stages}{order}l{self.load_width}g{self.gate_first}{switches}"
 
     @property
@@ -105,13 +131,18 @@ class Config:
         """Shared memory of one stage of one CTA; weights: matrices, 1 or 2."""
         return self.a_bytes + weights * self.weight_bytes
 
+    @property
+    def store_bytes(self) -> int:
+        """Shared memory of the buffers through which TMA writes C, 16 bits an element."""
+        return _STORE_BUFFERS * 128 * self.load_width * 2 if self.store == "tma" else 0
+
     def shared_bytes(self, weights: int = 2) -> int:
         """Shared memory of one CTA."""
-        return BARRIER_BYTES + self.stages * self.stage_bytes(weights)
+        return BARRIER_BYTES + self.stages * self.stage_bytes(weights) + self.store_bytes
 
     def most_stages(self, weights: int = 2) -> int:
         """As many as fit."""
-        return (SHARED_BYTES - BARRIER_BYTES) // self.stage_bytes(weights)
+        return (SHARED_BYTES - BARRIER_BYTES - self.store_bytes) // self.stage_bytes(weights)
 
     @property
     def a_scale_columns(self) -> int:
@@ -136,7 +167,17 @@ class Config:
         across, down = -(-m // self.tile_m), -(-n // self.tile_n)
         if self.schedule == "static":
             return min(processors // self.ctas, across * down * batch) * self.ctas, 1, 1
-        return across * self.ctas, down, batch
+        return across * self.ctas, down, batch * self.split
+
+    def workspace_bytes(self, m: int, n: int, batch: int = 1, weights: int = 2) -> int:
+        """Of a `[batch, m, n]` output: a ticket for each CTA's part of a tile, then every part's float32 sums.
+
+        Tickets are zero before a launch, and the kernel leaves them so. 4 bytes, which nothing reads, where K is not split.
+        """
+        if self.split == 1:
+            return 4
+        parts = -(-m // self.tile_m) * -(-n // self.tile_n) * batch * self.ctas
+        return 4 * parts * (1 + self.split * weights * self.tile_n * 128)
 
 
 def legal(config: Config, problem: Problem | GroupedProblem) -> str | None:
@@ -185,12 +226,33 @@ def _unsupported(c: Config, problem: Problem) -> str | None:
         return 'gate_first, collector and barriers "separate" order two products, and linear has one'
     if c.collector and c.order != "interleaved":
         return 'collector: the buffer holds one A, so gate and up must use it one after the other, order "interleaved"'
+    if problem.weight_matrices == 1 and c.silu != "exp":
+        return f'silu "{c.silu}": linear has no activation'
+    if c.early_weights and not c.pdl:
+        return "early_weights: what they come before is griddepcontrol.wait, which a kernel has with pdl"
+    if c.store == "tma" and problem.n * 2 % _COPY_ALIGN:
+        rows = f"tensor copies need rows of a multiple of {_COPY_ALIGN} bytes"
+        return f'store "tma", N {problem.n}: {rows}, so N must be a multiple of 8 (CUDA driver API, cuTensorMapEncodeTiled)'
+    if c.split > 1:
+        reason = _illegal_split(c, -(-problem.k // c.tile_k))
+        if reason:
+            return reason
     if problem.x_format != "nvfp4":
         return f"{problem.x_format} activations: the block-scaled MMA takes 4-bit operands on both sides; quantize them first"
     if problem.out_dtype.itemsize != 2:
         return "float32 output: the kernel writes float16 or bfloat16"
     if problem.k // 2 % _COPY_ALIGN:
         return f"K {problem.k}: tensor copies need rows of a multiple of {_COPY_ALIGN} bytes, so K must be a multiple of 32"
+    return None
+
+
+def _illegal_split(c: Config, steps: int) -> str | None:
+    if c.split > steps:
+        return f"split {c.split}: K has {steps} steps of {c.tile_k}, and a part needs one"
+    if c.gate_first:
+        return f"split {c.split}, gate_first {c.gate_first}: the activation of a part of a sum means nothing"
+    if c.schedule != "one_wave":
+        return f'split {c.split}, schedule "{c.schedule}": the parts of a tile are CTAs of one wave'
     return None
 
 

@@ -23,8 +23,10 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 from cutlass.memory import SmemAllocator, TmemAllocator
 
 from glu4.backends.blackwell.config import MMA_K, THREADS, Config
+from glu4.backends.blackwell.dual_loads import GATE, UP, A, Loads
+from glu4.backends.blackwell.dual_tiles import RESPONSES, Tiles
 from glu4.backends.blackwell.epilogue import Epilogue
-from glu4.backends.blackwell.instructions import EVICT_FIRST, EVICT_NORMAL, block_scaled_mma, instruction_descriptor
+from glu4.backends.blackwell.instructions import block_scaled_mma, instruction_descriptor
 
 Int32, Int64, Float32 = cutlass.Int32, cutlass.Int64, cutlass.Float32
 E2M1, E4M3 = cutlass.Float4E2M1FN, cutlass.Float8E4M3FN
@@ -32,18 +34,15 @@ BLOCK = 16
 EPILOGUE_WARPS, MMA_WARP, TMA_WARP = 4, 4, 5
 ALLOCATED, STORED = 2, 1  # named barriers: tensor memory's address is there; it is not needed any more
 
-# operands, in the order of atoms, tensors and copies
-A, SCALE_A, GATE, SCALE_GATE, UP, SCALE_UP = range(6)  # with one matrix, up's are there and unused
 
-
-class DualGemm:
+class DualGemm(Loads, Tiles):
     """One kernel: a Config, the type of the output (CuTe DSL's), and whether there are two matrices (`dual`) or one.
 
     Arguments at launch, device pointers: codes of A [l, m, k / 2], gate and up [l, n, k / 2] (16-byte aligned, contiguous),
     their block scales in 128x4 layout (16-byte aligned); float32 global scales of A, gate and up, one each or, by `flags`, one
-    for each of the l matrices; float32 biases of gate and up [l, n], read if `flags` say so; C [l, m, n], 2-byte aligned. Then
-    C's row and batch strides in elements; flags; alpha, beta and limit of the activation; processors that a persistent
-    kernel may fill; l, m, n, k, a multiple of 32.
+    for each of the l matrices; float32 biases of gate and up [l, n], read if `flags` say so; C [l, m, n], 2-byte aligned, and
+    16 for TMA stores; a workspace (Config.workspace_bytes), 4-byte aligned. Then C's row and batch strides in elements; flags;
+    alpha, beta and limit of the activation; processors that a persistent kernel may fill; l, m, n, k, a multiple of 32.
     """
 
     def __init__(self, config: Config, out_type: Any, dual: bool) -> None:
@@ -66,9 +65,9 @@ class DualGemm:
     def __call__(
         self, a: cute.Pointer, scale_a: cute.Pointer, gate: cute.Pointer, scale_gate: cute.Pointer, up: cute.Pointer,
         scale_up: cute.Pointer, global_a: cute.Pointer, global_gate: cute.Pointer, global_up: cute.Pointer,
-        gate_bias: cute.Pointer, up_bias: cute.Pointer, out: cute.Pointer, row_stride: Int64, batch_stride: Int64, flags: Int32,
-        alpha: Float32, beta: Float32, limit: Float32, processors: Int32, batch: Int32, m: Int32, n: Int32, k: Int32,
-        stream: CUstream,
+        gate_bias: cute.Pointer, up_bias: cute.Pointer, out: cute.Pointer, workspace: cute.Pointer, row_stride: Int64,
+        batch_stride: Int64, flags: Int32, alpha: Float32, beta: Float32, limit: Float32, processors: Int32, batch: Int32,
+        m: Int32, n: Int32, k: Int32, stream: CUstream,
     ):  # fmt: skip
         c = self.config
         mma = self.make_mma(self.group, self.tile[:2])
@@ -84,11 +83,12 @@ class DualGemm:
         operands = ((a, scale_a, m), (gate, scale_gate, n), (up, scale_up, n))[: 1 + self.weights]
         atoms, tensors = self.copy_atoms(operands, k, batch, layouts, (mma, mma_one), (cluster, cluster_one))
         across, down = cute.ceil_div(m, c.tile_m), cute.ceil_div(n, c.tile_n)
-        grid = (across * c.ctas, down, batch)
+        grid = (across * c.ctas, down, batch * c.split)
         if cutlass.const_expr(c.schedule == "static"):
             grid = (cutlass.min(processors // c.ctas, across * down * batch) * c.ctas, 1, 1)
         self.kernel(
-            (mma, mma_one), atoms, tensors, layouts, (cluster, cluster_one), (out, row_stride, batch_stride),
+            (mma, mma_one), atoms, tensors, layouts, (cluster, cluster_one), (out, row_stride, batch_stride, workspace),
+            self.epilogue.tensor_copy(out, (row_stride, batch_stride), (m, n, batch)),
             (global_a, global_gate, global_up), (gate_bias, up_bias), flags, (alpha, beta, limit), (m, n, k, batch),
         ).launch(
             grid=grid, block=(THREADS, 1, 1), cluster=self.cluster_shape if self.pair else None, stream=stream, use_pdl=c.pdl,
@@ -115,7 +115,7 @@ class DualGemm:
         return tuple(atoms), tuple(tensors)
 
     def storage(self, layouts: tuple) -> Any:
-        stages = self.config.stages
+        stages, stores = self.config.stages, self.config.store_bytes
 
         @cute.struct
         class Storage:
@@ -124,23 +124,26 @@ class DualGemm:
             done: cute.struct.MemRange[cutlass.Int64, 4]
             freed: cutlass.Int64
             address: cutlass.Int32
+            ticket: cutlass.Int32
+            answered: cute.struct.MemRange[cutlass.Int64, 2 * RESPONSES]
+            responses: cute.struct.Align[cute.struct.MemRange[cutlass.Int32, 4 * RESPONSES], 16]
             a: cute.struct.Align[cute.struct.MemRange[E2M1, cute.cosize(layouts[0].outer)], 1024]
             weights: cute.struct.Align[cute.struct.MemRange[E2M1, self.weights * cute.cosize(layouts[2].outer)], 1024]
             a_scales: cute.struct.Align[cute.struct.MemRange[E4M3, cute.cosize(layouts[1])], 1024]
             weight_scales: cute.struct.Align[cute.struct.MemRange[E4M3, self.weights * cute.cosize(layouts[3])], 1024]
+            staged: cute.struct.Align[cute.struct.MemRange[self.epilogue.out_type, stores // 2], 1024 if stores else 16]
 
         return Storage
 
     @cute.kernel
     def kernel(
-        self, mmas: tuple, atoms: tuple, tensors: tuple, layouts: tuple, clusters: tuple, out: tuple, global_scales: tuple,
-        biases: tuple, flags: Int32, constants: tuple, shape: tuple,
+        self, mmas: tuple, atoms: tuple, tensors: tuple, layouts: tuple, clusters: tuple, out: tuple, store: tuple,
+        global_scales: tuple, biases: tuple, flags: Int32, constants: tuple, shape: tuple,
     ):  # fmt: skip
         c = self.config
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         thread, _, _ = cute.arch.thread_idx()
-        block_x, block_y, block_z = cute.arch.block_idx()
-        half, own = block_x % c.ctas, (block_x // c.ctas, block_y, block_z)
+        half = cute.arch.block_idx()[0] % c.ctas
         rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
 
         # ---- shared memory and barriers ----
@@ -150,6 +153,7 @@ class DualGemm:
                 cpasync.prefetch_descriptor(atom)
         pipes = self.pipelines(storage, clusters[0])
         done = self.done(storage, clusters[0])
+        control = self.control(storage, clusters[0])
         tmem = TmemAllocator(
             storage.address.ptr,
             barrier_for_retrieve=pipeline.NamedBarrier(barrier_id=ALLOCATED, num_threads=32 * (EPILOGUE_WARPS + 1)),
@@ -157,67 +161,81 @@ class DualGemm:
         )  # fmt: skip
         pipeline.pipeline_init_arrive(cluster_shape_mn=self.cluster_shape[:2], is_relaxed=True)
         shared = self.shared_operands(storage, layouts)
-        mma = mmas[0]
-        accumulator = mma.make_fragment_C(mma.partition_shape_C(self.tile[:2])).layout
-        steps = cute.ceil_div(shape[2], c.tile_k)
-        tiles = (cute.ceil_div(shape[0], c.tile_m), cute.ceil_div(shape[1], c.tile_n), shape[3])
-        persistent = cutlass.const_expr(c.schedule == "static")
-        every = cute.arch.grid_dim()[0] // c.ctas
-        count = tiles[0] * tiles[1] * tiles[2]
+        accumulator = mmas[0].make_fragment_C(mmas[0].partition_shape_C(self.tile[:2])).layout
+        origin, steps = self.part(cute.ceil_div(shape[2], c.tile_k))
+        work = (*self.work(shape), control, half == 0)
         pipeline.pipeline_init_wait(cluster_shape_mn=self.cluster_shape[:2])
 
+        # ---- the roles ----
         if warp == TMA_WARP:
             copies = self.partitions(atoms, tensors, shared, mmas, clusters, half, rank)
             mask = None
             if cutlass.const_expr(self.pair):
                 mask = cpasync.create_tma_multicast_mask(clusters[1], clusters[1].get_flat_coord(rank), mcast_mode=1)
-            loaded = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, c.stages)
-            if cutlass.const_expr(c.pdl):
-                cute.arch.griddepcontrol_wait()
-                cute.arch.griddepcontrol_launch_dependents()
-            if persistent:
-                for index in cutlass.range(own[0], count, every, unroll=1):
-                    loaded = self.load(atoms, copies, pipes, self.tile_at(index, tiles), steps, mask, loaded)
-            else:
-                loaded = self.load(atoms, copies, pipes, own, steps, mask, loaded)
-            for p in cutlass.range_constexpr(len(pipes)):
-                pipes[p].producer_tail(loaded.clone() if cutlass.const_expr(p + 1 < len(pipes)) else loaded)
+            self.load_tiles((atoms, copies, pipes, steps, mask, origin), work)
         if warp == MMA_WARP:
             tmem.wait_for_alloc()
             base = tmem.retrieve_ptr(Float32)
-            context = (mma, base, accumulator, shared, layouts, pipes, done, steps, half == 0)
-            used = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, c.stages)
-            summed = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
-            if persistent:
-                for index in cutlass.range(own[0], count, every, unroll=1):
-                    used, summed = self.multiply(context, self.tile_at(index, tiles), used, summed)
-            else:
-                used, summed = self.multiply(context, own, used, summed)
-            if half == 0:
-                for d in cutlass.range_constexpr(len(done)):
-                    done[d].producer_tail(summed.clone() if cutlass.const_expr(d + 1 < len(done)) else summed)
+            self.multiply_tiles((mmas[0], base, accumulator, shared, layouts, pipes, done, steps, half == 0), work)
         if warp < EPILOGUE_WARPS:
             tmem.allocate(c.columns(self.weights))
             tmem.wait_for_alloc()
             base = tmem.retrieve_ptr(Float32)
-            row = half * 128 + thread
-            context = (base, accumulator, done, out, biases, global_scales, flags, constants, shape, row, thread)
-            if cutlass.const_expr(c.pdl):
-                cute.arch.griddepcontrol_wait()
-            read = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
-            if persistent:
-                for index in cutlass.range(own[0], count, every, unroll=1):
-                    read = self.epilogue.write(context, self.tile_at(index, tiles), read)
-            else:
-                read = self.epilogue.write(context, own, read)
+            staging = self.epilogue.staging(store, storage.staged)
+            context = (
+                base, accumulator, done, out, staging, biases, global_scales, flags, constants, shape, half, thread,
+                storage.ticket.ptr,
+            )  # fmt: skip
+            self.write_tiles(context, work)
             tmem.relinquish_alloc_permit()
             cute.arch.barrier(barrier_id=STORED, number_of_threads=32 * EPILOGUE_WARPS)
             tmem.free(base)
 
+    # ---- tiles ----
+
     @cute.jit
-    def tile_at(self, index, tiles):
-        """(tile along M, along N, matrix): the tiles of one column of C follow each other and share its weights."""
-        return index % tiles[0], index // tiles[0] % tiles[1], index // (tiles[0] * tiles[1])
+    def multiply_tiles(self, context, work):
+        """Warp 4."""
+        own, first, count, every, tiles, control, _ = work
+        done, leader = context[6], context[8]
+        used = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
+        summed = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
+        if cutlass.const_expr(self.config.schedule == "static"):
+            for index in cutlass.range(first, count, every, unroll=1):
+                used, summed = self.multiply(context, self.tile_at(index, tiles), used, summed)
+        elif cutlass.const_expr(self.config.schedule == "launch_control"):
+            heard = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, RESPONSES)
+            x, y, z, more = *own, Int32(1)
+            while more != 0:
+                used, summed = self.multiply(context, (x, y, z), used, summed)
+                x, y, z, more = self.next_tile(control, heard)
+                heard.advance()
+        else:
+            used, summed = self.multiply(context, own, used, summed)
+        if leader:
+            for d in cutlass.range_constexpr(len(done)):
+                done[d].producer_tail(summed.clone() if cutlass.const_expr(d + 1 < len(done)) else summed)
+
+    @cute.jit
+    def write_tiles(self, context, work):
+        """Warps 0 to 3."""
+        own, first, count, every, tiles, control, _ = work
+        if cutlass.const_expr(self.config.pdl):
+            cute.arch.griddepcontrol_wait()
+        read = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
+        if cutlass.const_expr(self.config.schedule == "static"):
+            for index in cutlass.range(first, count, every, unroll=1):
+                read = self.epilogue.write(context, self.tile_at(index, tiles), read)
+        elif cutlass.const_expr(self.config.schedule == "launch_control"):
+            heard = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, RESPONSES)
+            x, y, z, more = *own, Int32(1)
+            while more != 0:
+                read = self.epilogue.write(context, (x, y, z), read)
+                x, y, z, more = self.next_tile(control, heard)
+                heard.advance()
+        else:
+            read = self.epilogue.write(context, own, read)
+        self.epilogue.finish_stores(context[11])
 
     # ---- set up ----
 
@@ -296,33 +314,6 @@ class DualGemm:
             found.append((copy, described, lane.partition_D(target), operand))
             column += c.weight_scale_columns if i else c.a_scale_columns
         return found
-
-    # ---- load ----
-
-    @cute.jit
-    def load(self, atoms, copies, pipes, tile_at, steps, mask, state):
-        """Warp 5: start the copies of every step along K of a tile, as stages become free."""
-        c = self.config
-        block_m, block_n, matrix = tile_at
-        for step in cutlass.range(steps, unroll=1):
-            for p in cutlass.range_constexpr(len(pipes)):
-                pipes[p].producer_acquire(state)
-                barrier = pipes[p].producer_get_barrier(state)
-                for i in cutlass.range_constexpr(len(atoms)):
-                    if cutlass.const_expr(len(pipes) == 1 or p == i // UP):
-                        source, target = copies[i]
-                        tile, multicast = block_m, None
-                        policy = Int64(EVICT_FIRST if c.evict_first and i >= GATE else EVICT_NORMAL)
-                        if cutlass.const_expr(i in (GATE, UP)):
-                            tile = block_n
-                        if cutlass.const_expr(i in (SCALE_GATE, SCALE_UP)):
-                            tile, multicast = block_n // self.sharing, mask
-                        cute.copy(
-                            atoms[i], source[(None, tile, step, matrix)], target[(None, state.index)], tma_bar_ptr=barrier,
-                            mcast_mask=multicast, cache_policy=policy,
-                        )  # fmt: skip
-            state.advance()
-        return state
 
     # ---- multiply ----
 

@@ -121,21 +121,32 @@ class Exported:
     def program(self) -> Program:
         return load(self.ptx)
 
+    def workspace(self, operands: Operands) -> np.ndarray[Any, Any]:
+        """Tickets of zero, then sums that are NaN until they are written; int32."""
+        c, (batch, m, n, _) = self.spec.config, operands.shape
+        made = np.full(c.workspace_bytes(m, n, batch, self.spec.weights) // 4, 0x7FC00000, np.int32)
+        if c.split > 1:
+            made[: made.size // (1 + c.split * self.spec.weights * c.tile_n * 128)] = 0
+        return made
+
     def launch(self, operands: Operands, out: np.ndarray[Any, Any], processors: int = 148) -> dict[str, Any]:
         """The launch description for `out` `[l, rows >= m, stride >= n]`, 16 bits an element, named "out".
 
         processors: how many CTAs of a persistent kernel may run at once.
         """
         a = operands.activation
-        sizes = {name: array.nbytes for name, array in operands.buffers().items()} | {"out": out.nbytes}
+        sizes = {name: array.nbytes for name, array in operands.buffers().items()}
+        sizes |= {"out": out.nbytes, "workspace": self.workspace(operands).nbytes}
         buffers = {name: (_BASE + i * _APART, size) for i, (name, size) in enumerate(sizes.items())}
-        arguments = [pointer(buffers[name][0]) for name in (*_OPERANDS, *_GLOBAL, *_BIASES, "out")]
+        arguments = [pointer(buffers[name][0]) for name in (*_OPERANDS, *_GLOBAL, *_BIASES, "out", "workspace")]
         arguments += [scalar("i64", out.shape[-1]), scalar("i64", out.shape[-2] * out.shape[-1])]
         arguments += [scalar("i32", operands.flags), *(scalar("f32", v) for v in (a.alpha, a.beta, a.limit))]
         arguments += [scalar("i32", v) for v in (processors, *operands.shape)] + [pointer(0)]
         (launch,) = capture(self._file(".o"), self.ptx, arguments)
         # what the kernel in front may still be writing or reading
-        return describe(launch, buffers) | ({"dependent": list(buffers)} if self.spec.config.pdl else {})
+        c = self.spec.config
+        weights = ("gate", "scale_gate", "up", "scale_up") if c.early_weights else ()
+        return describe(launch, buffers) | ({"dependent": [b for b in buffers if b not in weights]} if c.pdl else {})
 
     def run(
         self,
@@ -143,11 +154,16 @@ class Exported:
         out: np.ndarray[Any, Any],
         program: Program | None = None,
         processors: int = 148,
+        workspace: np.ndarray[Any, Any] | None = None,
         **options: Any,
     ) -> tuple[Result, Tensor]:
-        """(the emulator's result, output `[l, m, n]`); `program` runs instead of the kernel, options are the emulator's."""
+        """(the emulator's result, output `[l, m, n]`); `program` runs instead of the kernel, options are the emulator's.
+
+        workspace: as a launch before left it; a new one without.
+        """
         _, m, n, _ = operands.shape
         inputs = {**operands.buffers(), "out": out}
+        inputs["workspace"] = self.workspace(operands) if workspace is None else workspace
         result = emulate(program or self.program, self.launch(operands, out, processors), inputs, **options)
         dtype = {"f16": torch.float16, "bf16": torch.bfloat16}[self.spec.out]
         return result, torch.from_numpy(result.buffers["out"].view(np.int16)).view(dtype)[:, :m, :n]

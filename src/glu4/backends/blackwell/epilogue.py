@@ -7,16 +7,20 @@ float32, and the result is rounded once.
 from typing import Any
 
 import cutlass
+import cutlass.utils.blackwell_helpers as sm100
 from cutlass import cute
 from cutlass._mlir.dialects import llvm
-from cutlass.cute.nvgpu import tcgen05
+from cutlass.cute.nvgpu import cpasync, tcgen05
 from cutlass.cutlass_dsl import T as MlirType
+from cutlass.tensor_utils.layout import LayoutEnum
 
 from glu4.backends.blackwell.config import Config
+from glu4.backends.blackwell.instructions import EVICT_NORMAL, take_ticket, tanh_approx
 
 Int32, Int64, Float32 = cutlass.Int32, cutlass.Int64, cutlass.Float32
 # bits of `flags`
 IDENTITY, A_SCALES, WEIGHT_SCALES, GATE_BIAS, UP_BIAS = 1, 2, 4, 8, 16
+ROWS, BUFFERS, STAGED = 128, 2, 3  # rows of a CTA; buffers of TMA stores; their named barrier
 
 
 class Epilogue:
@@ -25,13 +29,68 @@ class Epilogue:
     def __init__(self, config: Config, out_type: Any, dual: bool) -> None:
         self.config, self.out_type, self.dual = config, out_type, dual
 
+    # ---- C by TMA ----
+
+    def tensor_copy(self, out: Any, strides: tuple, shape: tuple) -> tuple:
+        """(copy, C's tensor, layout of the buffers in shared memory) of TMA stores; none where stores are direct."""
+        c = self.config
+        if c.store == "direct":
+            return ()
+        layout = sm100.make_smem_layout_epi(self.out_type, LayoutEnum.ROW_MAJOR, (ROWS, c.load_width), BUFFERS)
+        whole = cute.make_tensor(out, cute.make_layout(shape, stride=(strides[0], 1, strides[1])))
+        one = cute.slice_(layout, (None, None, 0))
+        atom, tensor = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), whole, one, (ROWS, c.load_width))
+        return atom, tensor, layout
+
+    def staging(self, copy: tuple, buffers: Any) -> tuple:
+        """(copy, source in shared memory, target in C, the buffers as rows and columns)."""
+        if not copy:
+            return ()
+        atom, tensor, layout = copy
+        rows = buffers.get_tensor(layout.outer, swizzle=layout.inner)
+        tiles = cute.local_tile(tensor, (ROWS, self.config.load_width), (None, None, None))
+        source, target = cpasync.tma_partition(
+            atom, 0, cute.make_layout(1), cute.group_modes(rows, 0, 2), cute.group_modes(tiles, 0, 2)
+        )
+        return atom, source, target, rows
+
+    @cute.jit
+    def store_tensor(self, values, staging, tile_at, half, i, thread):
+        """All threads: a piece of load_width columns to a buffer of shared memory, and from there to C by one thread."""
+        c = self.config
+        atom, source, target, rows = staging
+        pieces = cutlass.const_expr(c.tile_n // c.load_width)
+        buffer = i % BUFFERS
+        if thread == 0:  # until the copy before has read this buffer
+            cute.arch.cp_async_bulk_wait_group(1 if pieces > 1 else 0, read=True)
+        cute.arch.barrier(barrier_id=STAGED, number_of_threads=ROWS)
+        for j in cutlass.range_constexpr(c.load_width // 8):
+            eight = cute.make_tensor(values.iterator + 8 * j, cute.make_layout(8))
+            there = cute.local_tile(rows[(None, None, buffer)], (1, 8), (thread, j))
+            cute.autovec_copy(eight, cute.make_tensor(there.iterator, cute.make_layout(8)))
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier(barrier_id=STAGED, number_of_threads=ROWS)
+        if thread == 0:
+            at = (None, tile_at[0] * c.ctas + half, tile_at[1] * pieces + i, tile_at[2])
+            cute.copy(atom, source[(None, buffer)], target[at], cache_policy=Int64(EVICT_NORMAL))
+            cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def finish_stores(self, thread):
+        """Shared memory must stay until the last copies have read it."""
+        if cutlass.const_expr(self.config.store == "tma"):  # noqa: SIM102 - a choice at compile time, then a device branch
+            if thread == 0:
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    # ---- a tile ----
+
     @cute.jit
     def write(self, context, tile_at, state):
         """All of a thread's row of a tile, load_width columns at a time; out: C's pointer, row stride and batch stride."""
         c = self.config
-        base, accumulator, done, out, bias_pointers, global_scales, flags, constants, shape, first_row, thread = context
+        base, accumulator, done, out, staging, bias_pointers, global_scales, flags, constants, shape, half, thread, _ = context
         block_m, block_n, matrix = tile_at
-        row = block_m * c.tile_m + first_row
+        row = block_m * c.tile_m + half * ROWS + thread
         factors = self.all_factors(global_scales, flags, matrix)
         start = out[0] + Int64(matrix) * out[2] + Int64(row) * out[1]
         n = shape[1]
@@ -42,7 +101,16 @@ class Epilogue:
         kept = cute.make_rmem_tensor((c.tile_n if c.gate_first else 1,), Float32)
         done[0].consumer_wait(state)
         pieces = cutlass.const_expr(c.tile_n // c.load_width)
-        if cutlass.const_expr(c.gate_first > 0):
+        if cutlass.const_expr(c.split > 1):
+            parts = self.parts(context, tile_at)
+            if self.leave(context, parts, gate, up):
+                for i in cutlass.range(pieces, unroll=1):
+                    column = block_n * c.tile_n + i * c.load_width
+                    self.add_up(parts, thread, i, gate, up)
+                    self.finish_gate(gate, factors[0], biases[0], flags, constants, n, column)
+                    self.finish(gate, up, rounded, factors, biases, flags, constants, n, column)
+                    self.put(rounded, staging, tile_at, half, i, thread, row, shape, start, column)
+        elif cutlass.const_expr(c.gate_first > 0):
             for i in cutlass.range_constexpr(pieces):
                 self.read(base, accumulator, 0, i, gate, thread)
                 cute.arch.fence_view_async_tmem_load()
@@ -56,7 +124,8 @@ class Epilogue:
                 for j in cutlass.range_constexpr(c.load_width):
                     gate[j] = kept[i * c.load_width + j]
                 column = block_n * c.tile_n + i * c.load_width
-                self.finish(gate, up, rounded, factors, biases, flags, constants, shape, row, start, column)
+                self.finish(gate, up, rounded, factors, biases, flags, constants, shape[1], column)
+                self.put(rounded, staging, tile_at, half, i, thread, row, shape, start, column)
         else:
             for i in cutlass.range(pieces, unroll=1):
                 column = block_n * c.tile_n + i * c.load_width
@@ -65,11 +134,71 @@ class Epilogue:
                     self.read(base, accumulator, 1, i, up, thread)
                 cute.arch.fence_view_async_tmem_load()
                 self.finish_gate(gate, factors[0], biases[0], flags, constants, n, column)
-                self.finish(gate, up, rounded, factors, biases, flags, constants, shape, row, start, column)
+                self.finish(gate, up, rounded, factors, biases, flags, constants, shape[1], column)
+                self.put(rounded, staging, tile_at, half, i, thread, row, shape, start, column)
         for d in cutlass.range_constexpr(len(done)):
             done[d].consumer_release(state)
         state.advance()
         return state
+
+    # ---- parts of K ----
+
+    @cute.jit
+    def parts(self, context, tile_at):
+        """(this CTA's ticket, the sums of all parts of its half of a tile: columns of rows, gate and up, parts)."""
+        c = self.config
+        out, shape, half = context[3], context[9], context[10]
+        tiles_m, tiles_n = cute.ceil_div(shape[0], c.tile_m), cute.ceil_div(shape[1], c.tile_n)
+        number = ((tile_at[2] * tiles_n + tile_at[1]) * tiles_m + tile_at[0]) * c.ctas + half
+        weights = cutlass.const_expr(2 if self.dual else 1)
+        size = cutlass.const_expr(ROWS * c.tile_n * weights * c.split)
+        tickets = out[3]
+        first = cute.recast_ptr(tickets, dtype=Float32) + Int64(tiles_m * tiles_n * shape[3] * c.ctas) + Int64(number) * size
+        return tickets + number, cute.make_tensor(first, cute.make_layout((ROWS, c.tile_n, weights, c.split)))
+
+    @cute.jit
+    def leave(self, context, parts, gate, up):
+        """This CTA's sums to the workspace; whether it was the last, and then sees those of all others."""
+        c = self.config
+        base, accumulator, thread, shared_ticket = context[0], context[1], context[11], context[12]
+        ticket, sums = parts
+        own = cute.arch.block_idx()[2] % c.split
+        for i in cutlass.range(c.tile_n // c.load_width, unroll=1):
+            self.read(base, accumulator, 0, i, gate, thread)
+            if cutlass.const_expr(self.dual):
+                self.read(base, accumulator, 1, i, up, thread)
+            cute.arch.fence_view_async_tmem_load()
+            for j in cutlass.range_constexpr(c.load_width):
+                sums[thread, i * c.load_width + j, 0, own] = gate[j]
+                if cutlass.const_expr(self.dual):
+                    sums[thread, i * c.load_width + j, 1, own] = up[j]
+        cute.arch.barrier(barrier_id=STAGED, number_of_threads=ROWS)
+        taken = cute.make_tensor(shared_ticket, cute.make_layout(1))
+        if thread == 0:
+            # release what the barrier has brought here from all threads, acquire what others have released
+            taken[0] = take_ticket(ticket)
+        cute.arch.barrier(barrier_id=STAGED, number_of_threads=ROWS)
+        last = taken[0] == c.split - 1
+        if last & (thread == 0):
+            cute.make_tensor(ticket, cute.make_layout(1))[0] = Int32(0)  # for the next launch
+        return last
+
+    @cute.jit
+    def add_up(self, parts, thread, i, gate, up):
+        """The sums of load_width columns: parts in the order of K, whichever came last."""
+        c = self.config
+        sums = parts[1]
+        for j in cutlass.range_constexpr(c.load_width):
+            gate[j] = sums[thread, i * c.load_width + j, 0, 0]
+            if cutlass.const_expr(self.dual):
+                up[j] = sums[thread, i * c.load_width + j, 1, 0]
+        for s in cutlass.range(1, c.split, unroll=1):
+            for j in cutlass.range_constexpr(c.load_width):
+                gate[j] = gate[j] + sums[thread, i * c.load_width + j, 0, s]
+                if cutlass.const_expr(self.dual):
+                    up[j] = up[j] + sums[thread, i * c.load_width + j, 1, s]
+
+    # ---- values ----
 
     @cute.jit
     def all_factors(self, global_scales, flags, matrix):
@@ -89,17 +218,24 @@ class Epilogue:
                 gate[j] = self.activate(gate[j], flags, *constants)
 
     @cute.jit
-    def finish(self, gate, up, rounded, factors, biases, flags, constants, shape, row, start, column):
-        """Sums of up, and the activation's values of gate, to C."""
+    def finish(self, gate, up, rounded, factors, biases, flags, constants, n, column):
+        """Sums of up, and the activation's values of gate, to values of C."""
         if cutlass.const_expr(self.dual):
-            self.scale(up, factors[1], biases[1], (flags & UP_BIAS) != 0, shape[1], column)
+            self.scale(up, factors[1], biases[1], (flags & UP_BIAS) != 0, n, column)
         for j in cutlass.range_constexpr(self.config.load_width):
             value = gate[j]
             if cutlass.const_expr(self.dual):
                 value = self.gated(value, up[j], flags, *constants)
             rounded[j] = value.to(self.out_type)
-        if row < shape[0]:
-            self.store(rounded, start, shape[1], column)
+
+    @cute.jit
+    def put(self, rounded, staging, tile_at, half, i, thread, row, shape, start, column):
+        """The i-th piece of a row to C."""
+        if cutlass.const_expr(self.config.store == "tma"):
+            self.store_tensor(rounded, staging, tile_at, half, i, thread)
+        else:
+            if row < shape[0]:
+                self.store(rounded, start, shape[1], column)
 
     @cute.jit
     def scale(self, sums, factors, bias, has_bias, n, column):
@@ -142,13 +278,18 @@ class Epilogue:
     def activate(self, gate, flags, alpha, beta, limit):
         """gate' * sigmoid(alpha * gate') of glu4.activation's formula; comparisons, not min and max, so that NaN stays NaN.
 
-        gate * sigmoid(t) is gate / (1 + exp(-t)), written with exp(-|t|), which cannot overflow where the result does not.
+        gate * sigmoid(t) is gate / (1 + exp(-t)), written with exp(-|t|), which cannot overflow where the result does not; or
+        gate * (tanh(t / 2) + 1) / 2.
         """
         clamped = limit if gate > limit else gate
         t = alpha * clamped
-        e = cute.math.exp(t if t < 0.0 else -t)
-        top = clamped * e if t < 0.0 else clamped
-        value = top / (1.0 + e)
+        value = clamped
+        if cutlass.const_expr(self.config.silu == "tanh"):
+            value = clamped * (0.5 * tanh_approx(0.5 * t) + 0.5)
+        else:
+            e = cute.math.exp(t if t < 0.0 else -t)
+            top = clamped * e if t < 0.0 else clamped
+            value = top / (1.0 + e)
         return gate if (flags & IDENTITY) != 0 else value
 
     @cute.jit

@@ -5,9 +5,9 @@ from typing import Any
 import cutlass
 from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import tcgen05
-from cutlass.cutlass_dsl import dsl_user_op
+from cutlass.cutlass_dsl import T, dsl_user_op
 
-Int32, Int64 = cutlass.Int32, cutlass.Int64
+Int32, Int64, Float32 = cutlass.Int32, cutlass.Int64, cutlass.Float32
 
 # L2 cache policies, as createpolicy would make them for a whole tensor (CUTLASS, TMA::CacheHintSm90)
 EVICT_NORMAL, EVICT_FIRST = 0x1000000000000000, 0x12F0000000000000
@@ -41,4 +41,28 @@ def block_scaled_mma(
     )  # fmt: skip
 
 
-__all__ = ["EVICT_FIRST", "EVICT_NORMAL", "block_scaled_mma", "instruction_descriptor"]
+@dsl_user_op
+def tanh_approx(x: Any, *, loc: Any = None, ip: Any = None) -> Any:
+    """tanh of a float32 with a maximum relative error of 2^-11 (PTX ISA, tanh)."""
+    result = llvm.inline_asm(
+        T.f32(), [Float32(x).ir_value(loc=loc, ip=ip)], "tanh.approx.f32 $0, $1;", "=f,f", has_side_effects=False,
+        is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
+    )  # fmt: skip
+    return Float32(result)
+
+
+@dsl_user_op
+def take_ticket(pointer: Any, *, loc: Any = None, ip: Any = None) -> Any:
+    """Add 1 to an int32 in global memory and return what it was; release and acquire for the whole device.
+
+    CuTe DSL's own writes its qualifiers in an order that the PTX ISA (atom) does not have.
+    """
+    address = pointer.toint(loc=loc, ip=ip).ir_value(loc=loc, ip=ip)
+    result = llvm.inline_asm(
+        T.i32(), [address], "atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;", "=r,l", has_side_effects=True,
+        is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
+    )  # fmt: skip
+    return Int32(result)
+
+
+__all__ = ["EVICT_FIRST", "EVICT_NORMAL", "block_scaled_mma", "instruction_descriptor", "take_ticket", "tanh_approx"]

@@ -15,7 +15,8 @@ from glu4.compiled.store import DSL_VERSION
 
 __all__ = ["KernelSpec"]
 
-_SOURCES = tuple(f"backends/blackwell/{name}.py" for name in ("config", "instructions", "epilogue", "dual_gemm", "build"))
+_FILES = ("config", "instructions", "epilogue", "dual_tiles", "dual_loads", "dual_gemm", "build")
+_SOURCES = tuple(f"backends/blackwell/{name}.py" for name in _FILES)
 _TYPES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
