@@ -296,3 +296,43 @@ def test_quantize_never_returns_a_tensor_that_its_own_check_refuses(data: st.Dat
     t = quantize(torch.tensor(values).view(2, 16), method=data.draw(st.sampled_from(["nearest", "four_over_six"])))
     t.check_values()
     assert t.dequantize(torch.float64).isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(3, 48), (2, 5, 80), (1, 16), (2, 1, 3, 144)])
+def test_aligned_rows_are_16_bytes_apart_and_zero_between(shape: tuple[int, ...]) -> None:
+    t = full_range(3, *shape)
+    assert not t.has_aligned_rows
+    aligned = t.with_aligned_rows()
+    assert same(aligned, t)
+    assert aligned.has_aligned_rows
+    assert aligned.row_bytes == shape[-1] // 2 + 8
+    memory = torch.as_strided(aligned.codes, (*shape[:-1], aligned.row_bytes), (*aligned.codes.stride()[:-1], 1))
+    assert not memory[..., shape[-1] // 2 :].any()
+    assert aligned.with_aligned_rows() is aligned
+    assert same(t.to_swizzled().with_aligned_rows(), t.to_swizzled())
+
+
+def test_rows_that_are_aligned_already_are_not_copied() -> None:
+    t = full_range(3, 2, 5, 96)
+    assert t.row_bytes == 48
+    assert t.with_aligned_rows() is t
+    assert t[1].with_aligned_rows().codes.data_ptr() == t[1].codes.data_ptr()
+
+
+def test_rows_with_other_gaps_or_without_the_last_padding_are_not_aligned() -> None:
+    t = full_range(3, 4, 96)
+    wide = torch.zeros(4, 64, dtype=torch.uint8)
+    wide[:, :48] = t.codes
+    apart = NVFP4Tensor(wide[:, :48], t.block_scale, t.global_scale)
+    assert not apart.has_aligned_rows, "64 bytes apart, which no K says"
+    assert apart.with_aligned_rows().codes.stride() == (48, 1)
+    odd = full_range(3, 4, 48)
+    short = torch.zeros(3 * 32 + 24, dtype=torch.uint8).as_strided((4, 24), (32, 1))
+    assert not NVFP4Tensor(short, odd.block_scale, odd.global_scale).has_aligned_rows, "the last row ends with the memory"
+
+
+@pytest.mark.parametrize("k", [48, 64])
+def test_swizzled_quantize_aligns_rows(k: int) -> None:
+    x = torch.randn(5, k, generator=torch.Generator().manual_seed(2))
+    assert quantize(x, layout="swizzled").has_aligned_rows
+    assert same(quantize(x, layout="swizzled").to_linear(), quantize(x))

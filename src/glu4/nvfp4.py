@@ -21,6 +21,7 @@ from glu4.scale_layout import LinearLayout, SwizzledLayout
 __all__ = ["BLOCK", "E2M1_VALUES", "NVFP4Tensor", "canonicalize_scales", "pack_codes", "quantize", "unpack_codes"]
 
 BLOCK = 16  # values that share one block scale
+ROW_ALIGNMENT = 16  # bytes: strides of a tensor map are multiples of it (CUDA driver API, cuTensorMapEncodeTiled)
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 E4M3_MIN = 2.0**-9  # smallest subnormal
@@ -185,6 +186,36 @@ class NVFP4Tensor:
             return self
         layout = SwizzledLayout(self.rows, self.k // BLOCK)
         return _unchecked(self.codes, layout.store(self.block_scale), self.global_scale)
+
+    def with_aligned_rows(self) -> NVFP4Tensor:
+        """The same tensor with rows of codes a multiple of 16 bytes apart in memory; itself if already so.
+
+        Blackwell's tensor copies need that (CUDA driver API, cuTensorMapEncodeTiled). Codes are copied only where K is not a
+        multiple of 32: 8 bytes of zero codes then follow each row, beyond the K of `shape`.
+        """
+        if self.has_aligned_rows:
+            return self
+        padded = self.codes.new_zeros((*self.codes.shape[:-1], self.row_bytes))
+        codes = padded[..., : self.k // 2]
+        codes.copy_(self.codes)
+        return _unchecked(codes, self.block_scale, self.global_scale)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes from one row of codes to the next in memory where rows are aligned: K / 2, rounded up to a multiple of 16."""
+        return -(-self.k // (2 * ROW_ALIGNMENT)) * ROW_ALIGNMENT
+
+    @property
+    def has_aligned_rows(self) -> bool:
+        """Whether the codes lie `row_bytes` from row to row without other gaps, and the last row's padding is memory too."""
+        strides, size = [1], self.row_bytes
+        for extent in reversed(self.codes.shape[:-1]):
+            strides.append(size)
+            size *= extent
+        matters = zip(self.codes.shape, self.codes.stride(), reversed(strides), strict=True)
+        if any(have != want for extent, have, want in matters if extent > 1):
+            return False
+        return self.codes.storage_offset() + size <= self.codes.untyped_storage().nbytes()
 
     def to_linear(self) -> NVFP4Tensor:
         """The same tensor with block scales row-major; itself if already so."""
@@ -363,7 +394,8 @@ def quantize(
     method        "nearest": block scale e4m3(block_amax / (6 g)); codes nearest, ties to even.
                   "four_over_six" (arXiv 2512.02010): per block the better, in squared error, of mapping the block's
                   maximum to 6 or to 4; the format is unchanged.
-    layout        "linear" or "swizzled" block scales.
+    layout        "linear" or "swizzled" block scales. With "swizzled", what Blackwell's tensor cores take, rows of codes lie a
+                  multiple of 16 bytes apart too (`NVFP4Tensor.with_aligned_rows`), so that no call has to copy them.
     nonfinite     "error": NaN or infinity raises ValueError (a check that synchronises a GPU, and that a compiled graph
                   cannot hold). "propagate": no check; a block that holds one gets a NaN scale, so that every result
                   which depends on it is NaN.
@@ -405,7 +437,7 @@ def quantize(
     if nonfinite == "propagate":
         scale = torch.where(_in_blocks(finite).all(-1), scale, torch.nan)
     made = _unchecked(pack_codes(codes.flatten(-2)), scale.to(torch.float8_e4m3fn), per_matrix)
-    return made.to_swizzled() if layout == "swizzled" else made
+    return made.to_swizzled().with_aligned_rows() if layout == "swizzled" else made
 
 
 def _given_global_scale(given: Tensor | float | None, batch: torch.Size, device: torch.device) -> Tensor | None:
