@@ -27,6 +27,26 @@ def test_the_contest_table_prints_all_eight_numbers_with_bytes_flops_and_bound()
     assert all(len(line) <= 80 for line in result.stdout.splitlines()), "a table must fit a terminal of 80 columns"
 
 
+def test_limit_best_public_time_and_prediction_stand_side_by_side():
+    lines = invoke().stdout.splitlines()
+    table = [line.split() for line in lines[next(i for i, line in enumerate(lines) if "best public time" in line) :]]
+    first = next(row for row in table if row and row[0] == "256,4096,7168")
+    assert first[1:3] == ["4.708", "12.4"]
+    assert 4.708 < float(first[-1]) < 50
+    assert "A prediction is a model's, of a kernel that has never run on a GPU." in lines
+    assert "best public" in lines[next(i for i, line in enumerate(lines) if "prediction" in line and "bound by" in line)]
+
+
+def test_a_shape_without_public_result_or_kernel_has_none():
+    own = json.loads(invoke("--m", "64", "--n", "4096", "--k", "7168", "--json").stdout)["rows"][0]
+    assert own["best_public_us"] is None
+    assert own["prediction"]["config"].startswith("c")
+    odd = invoke("--m", "64", "--n", "4096", "--k", "48")
+    assert [line.split()[1:] for line in odd.stdout.splitlines() if line.startswith(" 64,4096,48")][-1][1:] == ["-", "-", "-"]
+    assert "prediction" not in json.loads(invoke("--device", "h100", "--json").stdout)["rows"][0]
+    assert "prediction" not in json.loads(invoke("--x", "float16", "--json").stdout)["rows"][0]
+
+
 @pytest.mark.parametrize(("device", "first"), [("h100", "37.675"), ("h200", "38.057")])
 def test_hopper_tables_have_ten_w4a16_shapes(device, first):
     result = invoke("--device", device)
@@ -41,7 +61,12 @@ def test_json_holds_the_same_numbers():
     document = json.loads(invoke("--json").stdout)
     assert document["device"] == "b200-contest"
     assert [round(row["limit_us"], 3) for row in document["rows"]] == [4.708, 8.714, 2.125, 6.535, 18.833, 10.667, 2.406, 1.525]
-    assert document["rows"][0] | {"memory_us": 0, "compute_us": 0, "limit_us": 0} == {
+    first = document["rows"][0]
+    assert (first.pop("best_public_us"), first.pop("best_public")) == (12.4, "gau-nernst v2")
+    predicted = first.pop("prediction")
+    assert predicted["us"] > first["limit_us"]
+    assert sum(predicted["breakdown"].values()) == pytest.approx(predicted["us"])
+    assert first | {"memory_us": 0, "compute_us": 0, "limit_us": 0} == {
         "operation": "dual_gemm",
         "x_format": "nvfp4",
         "m": 256,

@@ -1,4 +1,4 @@
-"""`glu4 roofline`: the least time each shape can take on a device."""
+"""`glu4 roofline`: the least time each shape can take on a device; on a B200 beside public results and predictions."""
 
 from __future__ import annotations
 
@@ -40,19 +40,25 @@ def command(
     x: XOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Print the least time each shape can take: max(bytes / bandwidth, flops / rate)."""
+    """Print the least time each shape can take: max(bytes / bandwidth, flops / rate).
+
+    On b200-contest with nvfp4 activations also the best public result, and what a model predicts for glu4's kernel there.
+    """
     from glu4.bench.devices import device as find
 
     chosen = find(device)
     rows = _rows(chosen, suite, (m, n, k), x)
+    beside = [_beside(chosen.name, x_format, shape) for _, x_format, shape, _ in rows]
     if json:
         emit_json(
             {"device": chosen.name, "bandwidth": chosen.bandwidth, "flops": chosen.flops, "source": chosen.source}
-            | {"rows": [_document(*row) for row in rows]}
+            | {"rows": [_document(*row) | found for row, found in zip(rows, beside)]}
         )
         return
     for operation in dict.fromkeys(row[0] for row in rows):
         _print(operation, [(shape, limit) for op, _, shape, limit in rows if op == operation], rows[0][1])
+    if any(beside):
+        _print_beside([(shape, limit, found) for (_, _, shape, limit), found in zip(rows, beside)])
     console.print(f"{chosen.name}: {chosen.bandwidth / 1e12:g} TB/s, {chosen.flops / 1e12:g} TFLOP/s. {chosen.source}")
 
 
@@ -103,6 +109,39 @@ def _document(operation: str, x_format: str, shape: Any, limit: Limit) -> dict[s
         "limit_us": limit.time_s * 1e6,
         "bound": limit.bound,
     }
+
+
+def _beside(device: str, x_format: str, shape: Any) -> dict[str, Any]:
+    """Best public time and prediction, None where there is none; nothing for other devices and formats."""
+    if (device, x_format) != ("b200-contest", "nvfp4"):
+        return {}
+    from glu4.bench.published_sm100 import best_public, prediction
+    from glu4.errors import UnsupportedError
+
+    best = best_public(shape)
+    found: dict[str, Any] = {"best_public_us": best and best[0], "best_public": best and best[1], "prediction": None}
+    try:
+        predicted, config = prediction(shape)
+    except UnsupportedError:
+        return found
+    whole = {"us": predicted.us, "bound_by": predicted.bound_by, "config": config, "breakdown": predicted.breakdown}
+    return found | {"prediction": whole}
+
+
+def _print_beside(lines: list[tuple[Any, Limit, dict[str, Any]]]) -> None:
+    title = "limit, best public time and prediction on a B200; us"
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    table.add_column("M,N,K (groups)", no_wrap=True)
+    for name in ("limit", "best public", "bound by", "prediction"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for shape, limit, found in lines:
+        public, predicted = found["best_public_us"], found["prediction"]
+        cells = [f"{limit.time_s * 1e6:.3f}", f"{public:g}" if public else "-"]
+        cells += [predicted["bound_by"], f"{predicted['us']:.1f}"] if predicted else ["-", "-"]
+        table.add_row(_label(shape), *cells)
+    console.print(table)
+    console.print("A prediction is a model's, of a kernel that has never run on a GPU.")
+    console.print("A group has no kernel yet: it stands for the linear one. docs/model-sm100.md")
 
 
 def _print(operation: str, lines: list[tuple[Any, Limit]], x_format: str) -> None:
