@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from glu4.backends.blackwell.config import Config, candidates
-from glu4.backends.blackwell.emulation import Exported, Operands
+from glu4.backends.blackwell.emulation import Exported, Operands, export
 from glu4.backends.blackwell.spec import KernelSpec
 from glu4.emulator.launch import Result
 from glu4.nvfp4 import NVFP4Tensor
 from glu4.problem import Problem
 from glu4.verify import Case
+from glu4.verify.contest import DUAL_BENCHMARKS, DualShape
 
 PROCESSORS = 4  # so that a persistent kernel's CTAs have several tiles each
 SENTINEL = 0x7E55  # a NaN with a payload in both 16-bit types: where nothing was written it stays
+_TOGETHER = 4  # kernels that one process compiles
 
 # every value of every field, several at once; problems with tails in M, N and K and more steps than stages
 KERNELS: dict[str, tuple[KernelSpec, tuple[int, int, int]]] = {
@@ -64,6 +69,44 @@ KERNELS: dict[str, tuple[KernelSpec, tuple[int, int, int]]] = {
         (260, 72, 1056),
     ),
     "split, linear": (KernelSpec(Config(tile_n=32, stages=2, load_width=16, split=2), "f16", dual=False), (130, 72, 544)),
+    "stream-k": (KernelSpec(Config(tile_n=64, stages=2, schedule="stream_k"), "f16"), (300, 132, 800)),
+    "stream-k, pair": (
+        KernelSpec(
+            Config(2, 256, 64, stages=3, barriers="separate", pdl=True, early_weights=True, store="tma", schedule="stream_k"),
+            "bf16",
+        ),
+        (300, 136, 1568),
+    ),
+    "stream-k, linear": (
+        KernelSpec(Config(tile_n=32, stages=1, load_width=8, schedule="stream_k"), "f16", dual=False),
+        (130, 72, 288),
+    ),
+    "single warp": (KernelSpec(Config(tile_n=64, stages=3, warps="single"), "f16"), (130, 72, 1312)),
+    "single warp, one stage": (
+        KernelSpec(Config(tile_n=32, stages=1, gate_first=1, schedule="static", warps="single"), "f16"),
+        (300, 72, 800),
+    ),
+    "single warp, pair": (
+        KernelSpec(
+            Config(
+                *(2, 256, 64),
+                stages=3,
+                barriers="separate",
+                gate_first=3,
+                collector=True,
+                pdl=True,
+                early_weights=True,
+                schedule="static",
+                warps="single",
+            ),
+            "bf16",
+        ),
+        (600, 136, 1312),
+    ),
+    "single warp, launch control": (
+        KernelSpec(Config(2, 256, 64, stages=2, schedule="launch_control", warps="single"), "f16"),
+        (600, 136, 800),
+    ),
     "launch control": (KernelSpec(Config(tile_n=64, stages=3, schedule="launch_control"), "f16"), (300, 260, 544)),
     "launch control, pair": (
         KernelSpec(
@@ -87,8 +130,47 @@ KERNELS: dict[str, tuple[KernelSpec, tuple[int, int, int]]] = {
     "linear, pair": (KernelSpec(Config(2, 256, 64, stages=3, order="by_matrix"), "bf16", dual=False), (260, 90, 1056)),
 }
 
-# defaults of the public contest's benchmarks, whose K is 7168 (and 4096)
-DEFAULTS = {f"{m} x {n}": KernelSpec(next(candidates(Problem(m, n, 7168))), "f16") for m, n in ((256, 4096), (512, 4096))}
+# one value of one field each, beside this base: four steps of 480 run through three stages; two tiles along M and N, with tails
+BASE = Config(tile_n=64, tile_k=128, stages=3, load_width=16)
+FIELD_SHAPE = DualShape(130, 72, 480)
+FIELDS: dict[str, KernelSpec] = {
+    "base": KernelSpec(BASE, "f16"),
+    "bf16": KernelSpec(BASE, "bf16"),
+    "linear": KernelSpec(BASE, "f16", dual=False),
+    "ctas 2, tile_m 256": KernelSpec(replace(BASE, ctas=2, tile_m=256), "f16"),
+    "tile_n 256": KernelSpec(replace(BASE, tile_n=256), "f16", dual=False),
+    **{
+        f"{field} {value}": KernelSpec(replace(BASE, **{field: value}), "f16")
+        for field, values in {
+            "tile_n": (32, 128),
+            "tile_k": (256,),
+            "stages": (1, 2, BASE.most_stages()),
+            "order": ("by_matrix",),
+            "barriers": ("separate",),
+            "load_width": (8, 32, 64),
+            "gate_first": (1, 3),
+            "collector": (True,),
+            "evict_first": (True,),
+            "pdl": (True,),
+            "schedule": ("static", "launch_control", "stream_k"),
+            "prefetch_scales": (True,),
+            "store": ("tma",),
+            "silu": ("tanh",),
+            "split": (2, 4),
+            "warps": ("single",),
+        }.items()
+        for value in values
+    },
+    "early_weights True, pdl True": KernelSpec(replace(BASE, pdl=True, early_weights=True), "f16"),
+}
+
+
+def default(shape: DualShape) -> KernelSpec:
+    """The kernel of a shape."""
+    return KernelSpec(next(candidates(Problem(shape.m, shape.n, shape.k))), "f16")
+
+
+DEFAULTS = {str(shape): default(shape) for shape in DUAL_BENCHMARKS}
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -114,3 +196,38 @@ def exchanged(case: Case) -> Case:
     """Gate and up exchanged."""
     assert case.up is not None
     return replace(case, gate=case.up, up=case.gate)
+
+
+class Kernels(Mapping[str, Exported]):
+    """Kernels by name, compiled at their first use, a few in one process; once for all workers of a parallel run.
+
+    They stay in `directory`, from where a later run takes those whose sources are the same.
+    """
+
+    def __init__(self, specs: Mapping[str, KernelSpec], directory: Path) -> None:
+        self._specs, self._directory = specs, directory
+
+    def __getitem__(self, name: str) -> Exported:
+        spec, names = self._specs[name], list(self._specs)
+        start = names.index(name) // _TOGETHER * _TOGETHER
+        batch = {self._specs[n].key: self._specs[n] for n in names[start : start + _TOGETHER]}
+        place = self._directory / spec.key
+        if not place.exists():
+            with FileLock(self._directory / f"{next(iter(batch))}.lock"):
+                missing = {key: s for key, s in batch.items() if not (self._directory / key).exists()}
+                made = self._directory / f"{spec.key}.making"
+                if missing:
+                    export(list(missing.values()), made)
+                for key, s in missing.items():
+                    own = made / key
+                    own.mkdir()
+                    for suffix in (".ptx", ".cubin", ".o", ".h"):
+                        (made / f"{s.name}{suffix}").rename(own / f"{s.name}{suffix}")
+                    own.rename(self._directory / key)
+        return Exported(spec, place)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)

@@ -56,7 +56,7 @@ def test_columns_of_tensor_memory(config: Config, weights: int, used: int, alloc
 REFUSED = {
     "tile_m 64: a block-scaled MMA of one CTA has 128 rows": Config(tile_m=64),
     "tile_m 256: a block-scaled MMA of one CTA has 128 rows": Config(tile_m=256),
-    "tile_m 128 of a pair: its accumulators lie in lanes 0 to 63 and 64 to 127": Config(2, 128),
+    "tile_m 128 of a pair: both CTAs read the scales of their 64 rows at one address of tensor memory": Config(2, 128),
     "tile_m 384: a block-scaled MMA of a pair has 128 or 256 rows": Config(2, 384),
     "tile_n 12: the MMA takes multiples of 8 up to 256": Config(tile_n=12),
     "tile_n 24: the MMA takes multiples of 16 up to 256": Config(2, 256, 24),
@@ -73,6 +73,8 @@ REFUSED = {
     "split 2, gate_first 1: the activation of a part of a sum means nothing": Config(split=2, gate_first=1),
     'split 2, schedule "static": the parts of a tile are CTAs of one wave': Config(split=2, schedule="static"),
     'split 2, schedule "launch_control": the parts of': Config(split=2, schedule="launch_control"),
+    'split 2, schedule "stream_k": the parts of': Config(split=2, schedule="stream_k"),
+    'schedule "stream_k", gate_first 1: the activation of a part of a sum means nothing': Config(schedule="stream_k", gate_first=1),
     "early_weights: what they come before is griddepcontrol.wait, which a kernel has with pdl": Config(early_weights=True),
     "4 stages take 238592 bytes of shared memory; a CTA has 232448, enough for 3": Config(store="tma"),
     "5 stages take 277504 bytes of shared memory; a CTA has 232448, enough for 4": Config(stages=5),
@@ -140,12 +142,13 @@ def test_problems_that_are_refused(problem: Problem | GroupedProblem, reason: st
     [
         ("ctas", 3, "ctas: expected 1 or a pair, 2, got 3"),
         ("stages", 0, "stages: expected a positive number, got 0"),
-        ("schedule", "clc", "schedule: expected one of one_wave, static, launch_control, got clc"),
+        ("schedule", "clc", "schedule: expected one of one_wave, static, launch_control, stream_k, got clc"),
         ("gate_first", -1, "gate_first: expected a number of steps or 0, got -1"),
         ("order", "gate", "order: expected one of interleaved, by_matrix, got gate"),
         ("barriers", "none", "barriers: expected one of joint, separate, got none"),
         ("store", "st", "store: expected one of direct, tma, got st"),
         ("silu", "sin", "silu: expected one of exp, tanh, got sin"),
+        ("warps", "two", "warps: expected one of specialised, single, got two"),
         ("load_width", 24, "load_width: expected one of 8, 16, 32, 64, got 24"),
     ],
 )
@@ -182,6 +185,7 @@ def test_names_and_keys_tell_kernels_apart() -> None:
             ("stages", 4), ("stages", 3), ("tile_n", 64), ("tile_k", 128), ("order", "by_matrix"), ("barriers", "separate"), ("load_width", 8),
             ("gate_first", 1), ("collector", True), ("evict_first", True), ("pdl", True), ("schedule", "static"),
             ("early_weights", True), ("prefetch_scales", True), ("store", "tma"), ("silu", "tanh"), ("split", 2), ("schedule", "launch_control"),
+            ("schedule", "stream_k"), ("warps", "single"),
         ]
         for out in ("f16", "bf16")
         for dual in (True, False)
@@ -201,3 +205,16 @@ def test_a_split_tile_has_more_ctas_and_a_workspace() -> None:
     tiles = 2 * 2 * 3
     assert config.workspace_bytes(300, 100, 3) == 4 * (tiles * 2 + tiles * 4 * 2 * 256 * 64)
     assert Config().workspace_bytes(300, 100, 3) == 4
+
+
+def test_the_workspace_of_stream_k_goes_by_processors() -> None:
+    """A CTA shares two tiles at most, the one that it ends and the one that it begins."""
+    config = Config(2, 256, 64, schedule="stream_k")
+    assert config.grid(300, 100, 3, 7) == (6, 1, 1)
+    assert config.workspace_bytes(300, 100, 3, processors=7) == 4 * (2 * 2 * 3 * 2 + 6 * 2 * 2 * 128 * 64)
+    assert config.shares_tiles
+
+
+def test_a_single_warp_takes_the_place_of_two() -> None:
+    assert (Config().threads, Config(warps="single").threads) == (192, 160)
+    assert legal(Config(warps="single"), PROBLEM) is None

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from backends.blackwell.kernels import DEFAULTS, DTYPES, KERNELS, PROCESSORS, exchanged, operands, run
-from backends.blackwell.table import table, written
+from backends.blackwell.kernels import DTYPES, KERNELS, PROCESSORS, Kernels, exchanged, run
 from glu4.activation import IDENTITY, clamped_silu, swiglu_oai
 from glu4.backends.blackwell.config import Config, legal
 from glu4.backends.blackwell.emulation import Exported, export
@@ -36,10 +35,8 @@ SCHEDULES = (("eager", 0), ("lazy", 0), ("random", 1), ("random", 2))
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
-    """All of KERNELS and DEFAULTS, compiled in one process."""
-    specs = {name: spec for name, (spec, _) in KERNELS.items()} | DEFAULTS
-    return dict(zip(specs, export(list(specs.values()), tmp_path_factory.mktemp("kernels"))))
+def kernels(compiled: Path) -> Kernels:
+    return Kernels({name: spec for name, (spec, _) in KERNELS.items()}, compiled)
 
 
 def prove(kernel: Exported, case: Case, schedules: Any = SCHEDULES) -> None:
@@ -54,38 +51,31 @@ def prove(kernel: Exported, case: Case, schedules: Any = SCHEDULES) -> None:
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_full_range_with_tails_under_all_schedules(kernels: dict[str, Exported], name: str) -> None:
+def test_full_range_with_tails_under_all_schedules(kernels: Kernels, name: str) -> None:
     spec, (m, n, k) = KERNELS[name]
     operation = "dual_gemm" if spec.dual else "linear"
     assert legal(spec.config, Problem(m, n, k, operation=operation, out_dtype=DTYPES[spec.out])) is None
     prove(kernels[name], full_range_case(2, m, n, k, out_dtype=DTYPES[spec.out], linear=not spec.dual))
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
-def test_defaults_of_the_benchmarks_at_full_k(kernels: dict[str, Exported], name: str) -> None:
-    """One tile and a corner of the next, with K 7168."""
-    c = DEFAULTS[name].config
-    prove(kernels[name], full_range_case(12, c.tile_m, c.tile_n + 8, 7168), SCHEDULES[2:3])
-
-
 @pytest.mark.parametrize("which", ["gate", "up"])
-def test_every_code_under_every_scale(kernels: dict[str, Exported], which: Any) -> None:
+def test_every_code_under_every_scale(kernels: Kernels, which: Any) -> None:
     """128 rows of x pick 128 of K; 128 weights of 8 blocks run through all 127 scales and all 16 codes."""
     prove(kernels["one CTA"], one_hot_case(3, 128, 128, 128, which=which), SCHEDULES[1:2])
 
 
 @pytest.mark.parametrize("name", ["one CTA", "published", "linear"])
-def test_exact_sums(kernels: dict[str, Exported], name: str) -> None:
+def test_exact_sums(kernels: Kernels, name: str) -> None:
     prove(kernels[name], exact_sum_case(4, 130, 72, 1056, linear=not KERNELS[name][0].dual), SCHEDULES[1:2])
 
 
 @pytest.mark.parametrize("activation", [clamped_silu(1.5), swiglu_oai(), IDENTITY], ids=lambda a: a.name)
-def test_activations(kernels: dict[str, Exported], activation: Any) -> None:
+def test_activations(kernels: Kernels, activation: Any) -> None:
     prove(kernels["n 32"], full_range_case(5, 32, 32, 256, activation=activation), SCHEDULES[:1])
 
 
 @pytest.mark.parametrize("name", ["n 32", "gate first", "static, pair", "linear"])
-def test_batches_and_biases(kernels: dict[str, Exported], name: str) -> None:
+def test_batches_and_biases(kernels: Kernels, name: str) -> None:
     """Three products with their own global scales and biases, more than a persistent kernel's pairs."""
     spec = KERNELS[name][0]
     case = full_range_case(10, 40, 40, 288, batch=3, bias=True, linear=not spec.dual, out_dtype=DTYPES[spec.out])
@@ -93,15 +83,18 @@ def test_batches_and_biases(kernels: dict[str, Exported], name: str) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
-def test_few_steps(kernels: dict[str, Exported], steps: int) -> None:
+def test_few_steps(kernels: Kernels, steps: int) -> None:
     """Fewer steps than stages, and than those whose gate products come first."""
     prove(kernels["published"], full_range_case(11, 20, 40, 256 * steps - 32), SCHEDULES[1:2])
 
 
-@pytest.mark.parametrize("name", ["split", "split, pair"])
-def test_split_sums_do_not_depend_on_who_is_last(kernels: dict[str, Exported], name: str) -> None:
-    """The same bits under every schedule, each launch with the workspace that the one before left."""
-    case = full_range_case(14, 40, 72, 800, batch=2, out_dtype=DTYPES[KERNELS[name][0].out])
+@pytest.mark.parametrize("name", ["split", "split, pair", "stream-k", "stream-k, pair"])
+def test_shared_sums_do_not_depend_on_who_is_last(kernels: Kernels, name: str) -> None:
+    """The same bits under every schedule, each launch with the workspace that the one before left.
+
+    Nine tiles of three steps: 4 workers of stream-K, or 2 pairs, have tiles that they begin, end, and have for themselves.
+    """
+    case = full_range_case(14, 40, 136, 544, batch=3, out_dtype=DTYPES[KERNELS[name][0].out])
     first = workspace = None
     for schedule, seed in (*SCHEDULES, ("random", 3)):
         result, out = run(kernels[name], case, schedule_name=schedule, seed=seed, workspace=workspace)
@@ -112,7 +105,7 @@ def test_split_sums_do_not_depend_on_who_is_last(kernels: dict[str, Exported], n
         workspace = result.buffers["workspace"].view("int32")
 
 
-def test_a_ticket_that_stays_is_found(kernels: dict[str, Exported]) -> None:
+def test_a_ticket_that_stays_is_found(kernels: Kernels) -> None:
     """A planted fault: nobody is last in a second launch, so nothing is written."""
     spec, (m, n, k) = KERNELS["split"]
     case = full_range_case(14, m, n, k, out_dtype=DTYPES[spec.out])
@@ -139,7 +132,7 @@ def gates(values: torch.Tensor, up: float) -> Case:
     return Case("gates", 0, x, gate, NVFP4Tensor(codes, one, torch.tensor(up)), out_dtype=torch.bfloat16)  # fmt: skip
 
 
-def test_silu_of_large_gates(kernels: dict[str, Exported]) -> None:
+def test_silu_of_large_gates(kernels: Kernels) -> None:
     """exp(-gate) overflows float32 below -88.7, where silu(gate) * up need not vanish; nothing may become NaN."""
     magnitudes = torch.tensor([1.0, 20, 64, 80, 88, 96, 104, 448]).repeat(2)
     values = torch.cat([magnitudes, -magnitudes])
@@ -150,7 +143,7 @@ def test_silu_of_large_gates(kernels: dict[str, Exported]) -> None:
     assert bool((out[0, 16:21] < 0).all())
 
 
-def test_products_of_global_scales_beyond_float32(kernels: dict[str, Exported]) -> None:
+def test_products_of_global_scales_beyond_float32(kernels: Kernels) -> None:
     """2^66 * 2^66 overflows where the gate does not; 2^66 * 2^-149 takes a subnormal scale."""
     case = full_range_case(6, 16, 32, 256, out_dtype=torch.bfloat16, activation=IDENTITY)
 
@@ -165,7 +158,7 @@ def test_products_of_global_scales_beyond_float32(kernels: dict[str, Exported]) 
     assert bool((run(kernels["n 64"], case)[1].abs() > 1).any())
 
 
-def test_a_nan_scale_poisons_its_own_row_or_column(kernels: dict[str, Exported]) -> None:
+def test_a_nan_scale_poisons_its_own_row_or_column(kernels: Kernels) -> None:
     case = full_range_case(7, 64, 64, 544)
     assert isinstance(case.x, NVFP4Tensor)
     x, gate = case.x.to_linear(), case.gate.to_linear()
@@ -177,68 +170,14 @@ def test_a_nan_scale_poisons_its_own_row_or_column(kernels: dict[str, Exported])
     assert torch.equal(out.isnan(), expected)
 
 
-# ---- the launch and the machine code ----
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_resources(kernels: dict[str, Exported], name: str) -> None:
-    """No spills; shared memory, tensor memory, grid and cluster as the configuration says."""
-    spec, (m, n, k) = KERNELS[name]
-    kernel, c = kernels[name], spec.config
-    registers, stack = resources(kernel.cubin)
-    assert stack == 0
-    assert registers * 192 <= 65536
-    case = full_range_case(1, m, n, k, linear=not spec.dual)
-    launch = kernel.launch(operands(case), torch.zeros(1, m, n, dtype=torch.int16).numpy(), PROCESSORS)
-    assert launch["dynamic_smem"] == c.shared_bytes(spec.weights)
-    assert tuple(launch["grid"]) == c.grid(m, n, 1, PROCESSORS)
-    assert launch.get("cluster", [1, 1, 1]) == [c.ctas, 1, 1]
-    allocated = re.search(r"tcgen05\.alloc\S+\s+\[\S+\], (%\w+);", kernel.ptx)
-    assert allocated is not None
-    assert re.search(rf"mov\.b32\s+{allocated[1]}, {c.columns(spec.weights)};", kernel.ptx)
+# ---- what is loaded and compiled ----
 
 
 def count(kernel: Exported, pattern: str) -> int:
     return len(re.findall(pattern, kernel.ptx))
 
 
-def pieces_in_ptx(c: Config) -> int:
-    """Pieces of load_width columns are a loop; after `gate_first`, whose activations stay in registers, they are not."""
-    return c.tile_n // c.load_width if c.gate_first else 1
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_instructions(kernels: dict[str, Exported], name: str) -> None:
-    """A step along K has one copy of each operand's codes and scales, and the scale copies and MMAs of its products.
-
-    Gate first has a second loop, with the same MMAs, in which the scales of A are copied once more.
-    """
-    kernel, spec = kernels[name], KERNELS[name][0]
-    c = spec.config
-    blocks, loops = c.tile_k // 64, 2 if c.gate_first else 1
-    mmas = spec.weights * blocks * loops
-    copies = 2 * (1 + spec.weights)
-    assert count(kernel, r"cp\.async\.bulk\.tensor\S*mbarrier::complete_tx") == copies * (2 if c.early_weights else 1)
-    assert count(kernel, r"cp\.async\.bulk\.tensor\S*bulk_group") == (pieces_in_ptx(c) if c.store == "tma" else 0)
-    assert (
-        count(kernel, r"cp\.async\.bulk\.prefetch\.tensor")
-        == (1 + spec.weights) * (2 if c.early_weights else 1) * c.prefetch_scales
-    )
-    assert count(kernel, rf"tcgen05\.mma\.cta_group::{c.ctas}\.kind::mxf4nvf4\.block_scale\.block16") == mmas
-    assert count(kernel, r"tcgen05\.mma") == mmas
-    atoms = 1 + spec.weights * c.scale_rows // 128
-    assert count(kernel, r"tcgen05\.cp\.") == (7 if c.gate_first else atoms) * blocks
-    used = {keep: count(kernel, rf"collector::a::{keep}\b") for keep in ("fill", "lastuse", "discard")}
-    alternate = blocks if c.collector else 0
-    assert used == {"fill": alternate, "lastuse": alternate, "discard": mmas - 2 * alternate}
-    assert (count(kernel, r"griddepcontrol\.wait") > 0) == c.pdl
-
-
-def test_the_table_of_the_documentation(kernels: dict[str, Exported]) -> None:
-    assert written() == table(kernels)
-
-
-def test_prefetches_are_of_scales_that_are_loaded_later(kernels: dict[str, Exported], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefetches_are_of_scales_that_are_loaded_later(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each CTA prefetches what it loads of scales, once, but for the steps that the first stages hold."""
     fetched: list[Any] = []
     loaded: list[Any] = []
@@ -272,7 +211,7 @@ def test_prefetches_are_of_scales_that_are_loaded_later(kernels: dict[str, Expor
 
 
 @pytest.mark.parametrize("name", ["one CTA", "pair"])
-def test_a_is_loaded_once(kernels: dict[str, Exported], name: str) -> None:
+def test_a_is_loaded_once(kernels: Kernels, name: str) -> None:
     """Bytes that arrive in shared memory: each stage once, and in it A once for both products."""
     spec, (_, _, k) = KERNELS[name]
     c = spec.config
@@ -320,10 +259,10 @@ def test_a_kernel_that_the_compiler_refuses(tmp_path: Path) -> None:
 # ---- faults ----
 
 
-def changed(ptx: str, pattern: str, new: str, before: str | None = None) -> str:
-    """The PTX with one line's match replaced: the first, or the last ahead of the first line that matches `before`."""
+def changed(ptx: str, pattern: str, new: str, before: str | None = None, which: int = 0) -> str:
+    """The PTX with one line's match replaced: the first, or the last ahead of the line that matches `before` for the which-th time."""
     lines = ptx.splitlines()
-    end = len(lines) if before is None else next(i for i, line in enumerate(lines) if re.search(before, line))
+    end = len(lines) if before is None else [i for i, line in enumerate(lines) if re.search(before, line)][which]
     found = [i for i, line in enumerate(lines[:end]) if re.search(pattern, line)]
     at = found[0 if before is None else -1]
     lines[at] = re.sub(pattern, new, lines[at])
@@ -355,16 +294,20 @@ FAULTS = {
     ),
     "no barrier before the ticket": ("split", r"bar\.sync\s+3, 128;", "", r"atom\.acq_rel", "data race"),
     "a ticket without order": ("split", r"atom\.acq_rel", "atom.relaxed", None, "data race"),
+    "no barrier before a worker's ticket": ("stream-k", r"bar\.sync\s+3, 128;", "", r"atom\.acq_rel", "data race"),
+    "a worker's ticket without order": ("stream-k", r"atom\.acq_rel", "atom.relaxed", None, "data race"),
+    "one warp, no wait for a full stage": ("single warp", WAIT, PASSED, r"tcgen05\.cp", "missing wait"),
     "gate's sum into up's": ("one CTA", r"(tcgen05\.mma\S+\s+\[%\w+)\]", r"\1+128]", None, "numbers"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_found(kernels: dict[str, Exported], fault: str) -> None:
+def test_planted_faults_are_found(kernels: Kernels, fault: str) -> None:
     name, pattern, new, before, kind = FAULTS[fault]
     spec, _ = KERNELS[name]
     c = spec.config
-    case = full_range_case(8, c.tile_m, c.tile_n, 256 * 2 * c.stages, out_dtype=DTYPES[spec.out])
+    steps = 2 * c.stages + (c.schedule == "stream_k")  # no multiple of the workers
+    case = full_range_case(8, c.tile_m, c.tile_n, 256 * steps, out_dtype=DTYPES[spec.out])
     program = load(changed(kernels[name].ptx, pattern, new, before))
     result, out = run(kernels[name], case, program=program, schedule_name="random", seed=1, max_instructions=300_000)
     found = {h.kind for h in result.report.hazards}
@@ -372,6 +315,14 @@ def test_planted_faults_are_found(kernels: dict[str, Exported], fault: str) -> N
         assert not check(case, out, diagnose=False).ok
     else:
         assert kind in found, str(result.report)
+
+
+def test_one_warp_that_overtakes_its_products_is_found(kernels: Kernels) -> None:
+    """No wait before the copies of the main loop, which follow those ahead of the first products, six of each."""
+    case = full_range_case(8, 128, 64, 256 * 6)
+    ptx = changed(kernels["single warp"].ptx, WAIT, PASSED, r"cp\.async\.bulk\.tensor", 6)
+    result, _ = run(kernels["single warp"], case, program=load(ptx), schedule_name="random", seed=1, max_instructions=300_000)
+    assert "missing wait" in {h.kind for h in result.report.hazards}, str(result.report)
 
 
 LAUNCH_FAULTS = {
@@ -386,7 +337,7 @@ LAUNCH_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", LAUNCH_FAULTS)
-def test_faults_of_taking_over_tiles_are_found(kernels: dict[str, Exported], fault: str) -> None:
+def test_faults_of_taking_over_tiles_are_found(kernels: Kernels, fault: str) -> None:
     """Ten tiles, two CTAs at a time: most are taken over."""
     pattern, new, before, kinds = LAUNCH_FAULTS[fault]
     case = full_range_case(15, 130, 260, 256)
@@ -397,14 +348,14 @@ def test_faults_of_taking_over_tiles_are_found(kernels: dict[str, Exported], fau
 
 
 @pytest.mark.parametrize("resident", [1, 2, 3])
-def test_few_ctas_take_over_all_tiles(kernels: dict[str, Exported], resident: int) -> None:
+def test_few_ctas_take_over_all_tiles(kernels: Kernels, resident: int) -> None:
     case = full_range_case(15, 130, 260, 256)
     result, out = run(kernels["launch control"], case, resident=resident, schedule_name="random", seed=1)
     assert result.report.clean, str(result.report)
     assert check(case, out).ok
 
 
-def test_gate_and_up_exchanged(kernels: dict[str, Exported]) -> None:
+def test_gate_and_up_exchanged(kernels: Kernels) -> None:
     case = full_range_case(9, 128, 128, 512)
     _, out = run(kernels["one CTA"], exchanged(case))
     verdict = check(case, out)

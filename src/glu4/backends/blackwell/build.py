@@ -13,7 +13,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from glu4.backends.blackwell.config import THREADS
 from glu4.backends.blackwell.spec import KernelSpec
 from glu4.compiled.cubin import resources
 from glu4.compiled.store import DSL_VERSION, write
@@ -68,7 +67,7 @@ def compile_spec(spec: KernelSpec, directory: str) -> tuple[bytes, dict[str, Any
         "spec": spec.to_dict(),
         "entry": entry.group(1),
         "params": _param_sizes(ptx),
-        "threads": THREADS,
+        "threads": spec.config.threads,
         "cluster": [spec.config.ctas, 1, 1],
         "shared_bytes": spec.config.shared_bytes(spec.weights),
         "registers": resources(cubin)[0],

@@ -1,7 +1,8 @@
 """What can be tuned in the Blackwell kernel, and which configurations may run a problem.
 
 A CTA, or a pair of CTAs that multiply together, computes `tile_m` x `tile_n` outputs: both products of the tile lie in tensor
-memory until the epilogue reads them. Six warps: four read the accumulators and write out, one issues the MMAs, one the copies.
+memory until the epilogue reads them. Four warps read the accumulators and write out; one issues the MMAs and one the copies, or
+one does both.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from glu4.problem import GroupedProblem, Problem
 
 __all__ = ["Config", "candidates", "cost", "legal"]
 
-THREADS = 192
 MMA_K = 64  # of one MMA with e2m1 operands (PTX ISA, tcgen05.mma, kind mxf4nvf4)
 ATOM_ROWS, ATOM_SCALES = 128, 4  # of the 512-byte atom of block scales (glu4.scale_layout)
 SHARED_BYTES = 227 * 1024  # a CTA's most on sm_100 (CUDA programming guide, table of technical specifications)
@@ -23,10 +23,12 @@ _COPY_ALIGN = 16  # bytes: strides of a tensor map are multiples of it (CUDA dri
 _LOAD_WIDTHS = (8, 16, 32, 64)
 _ORDERS = ("interleaved", "by_matrix")
 _BARRIERS = ("joint", "separate")
-_SCHEDULES = ("one_wave", "static", "launch_control")
+_SCHEDULES = ("one_wave", "static", "launch_control", "stream_k")
+_WARPS = ("specialised", "single")
 _STORES = ("direct", "tma")
 _SILUS = ("exp", "tanh")
 _STORE_BUFFERS = 2
+_NOT_OF_A_PART = "the activation of a part of a sum means nothing"
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class Config:
     barriers    "joint": one mbarrier a stage; "separate": one for A and gate, one for up, which may come later
     schedule    "one_wave": a CTA or pair for each tile; "static": as many as fit on the device, each of which takes every so
                 many-th tile and loads the next one's operands while the last one is written; "launch_control": a CTA or pair
-                for each tile, but one that runs takes over tiles of those that have not begun, and loads as in "static"
+                for each tile, but one that runs takes over tiles of those that have not begun, and loads as in "static";
+                "stream_k": as many as fit, each with the same number of steps along K of all tiles in one row: who ends or
+                begins within a tile leaves sums as with `split`. A result depends on the number of processors, on nothing else
     load_width  columns of each accumulator that a thread of the epilogue reads at once
     gate_first  steps along K, the last ones, of which all gate products are issued before those of up, so that the epilogue
                 computes the activation while the tensor core does up's; 0: gate and up end together
@@ -55,6 +59,7 @@ class Config:
     store       "direct": 16 bytes a thread from registers; "tma": through shared memory, two buffers of load_width columns
     split       CTAs or pairs that share a tile, each with a part of K: all but the last to finish leave their sums in a
                 workspace, and that one adds them up in the order of K, so that a result does not depend on who was last
+    warps       "specialised": one issues the MMAs, one the copies; "single": one does both, by turns
     silu        "exp": sigmoid by ex2.approx and division; "tanh": by one tanh.approx, whose error is up to 2^-12 |gate up|
                 (PTX ISA, tanh: maximum relative error 2^-11), never a default
     """
@@ -77,6 +82,7 @@ class Config:
     store: str = "direct"
     silu: str = "exp"
     split: int = 1
+    warps: str = "specialised"
 
     def __post_init__(self) -> None:
         if self.ctas not in (1, 2):
@@ -93,6 +99,7 @@ class Config:
             ("load_width", _LOAD_WIDTHS),
             ("store", _STORES),
             ("silu", _SILUS),
+            ("warps", _WARPS),
         ):
             if getattr(self, name) not in known:
                 listed = ", ".join(str(v) for v in known)
@@ -106,11 +113,26 @@ class Config:
             "a" * self.collector
             + "e" * self.evict_first
             + "p" * self.pdl
-            + {"one_wave": "", "static": "t", "launch_control": "c"}[self.schedule]
+            + {"one_wave": "", "static": "t", "launch_control": "c", "stream_k": "k"}[self.schedule]
         )
         switches += "w" * self.early_weights + "f" * self.prefetch_scales + "o" * (self.store == "tma")
-        switches += "h" * (self.silu == "tanh") + (f"x{self.split}" if self.split > 1 else "")
+        switches += "h" * (self.silu == "tanh") + "u" * (self.warps == "single") + (f"x{self.split}" if self.split > 1 else "")
         return f"c{self.ctas}{tile}s{self.stages}{order}l{self.load_width}g{self.gate_first}{switches}"
+
+    @property
+    def copy_warp(self) -> int:
+        """The number of the warp of copies; that of MMAs is 4."""
+        return 5 if self.warps == "specialised" else 4
+
+    @property
+    def threads(self) -> int:
+        """Of a CTA."""
+        return 32 * (self.copy_warp + 1)
+
+    @property
+    def shares_tiles(self) -> bool:
+        """Whether several CTAs or pairs may sum one tile, in a workspace."""
+        return self.split > 1 or self.schedule == "stream_k"
 
     @property
     def scale_rows(self) -> int:
@@ -165,19 +187,28 @@ class Config:
     def grid(self, m: int, n: int, batch: int = 1, processors: int = 148) -> tuple[int, int, int]:
         """CTAs for a `[batch, m, n]` output: tiles along M times the CTAs of a pair, along N, matrices; or one wave's CTAs."""
         across, down = -(-m // self.tile_m), -(-n // self.tile_n)
+        if self.schedule == "stream_k":
+            return processors // self.ctas * self.ctas, 1, 1
         if self.schedule == "static":
             return min(processors // self.ctas, across * down * batch) * self.ctas, 1, 1
         return across * self.ctas, down, batch * self.split
 
-    def workspace_bytes(self, m: int, n: int, batch: int = 1, weights: int = 2) -> int:
-        """Of a `[batch, m, n]` output: a ticket for each CTA's part of a tile, then every part's float32 sums.
+    def tickets(self, m: int, n: int, batch: int = 1) -> int:
+        """Of a `[batch, m, n]` output: one for each CTA's rows of a tile."""
+        return -(-m // self.tile_m) * -(-n // self.tile_n) * batch * self.ctas
 
-        Tickets are zero before a launch, and the kernel leaves them so. 4 bytes, which nothing reads, where K is not split.
+    def workspace_bytes(self, m: int, n: int, batch: int = 1, weights: int = 2, processors: int = 148) -> int:
+        """Of a `[batch, m, n]` output: int32 tickets, then float32 sums of the parts of tiles that several CTAs share.
+
+        Tickets are zero before a launch, and the kernel leaves them so. 4 bytes, which nothing reads, where no tile is shared.
         """
-        if self.split == 1:
+        if not self.shares_tiles:
             return 4
-        parts = -(-m // self.tile_m) * -(-n // self.tile_n) * batch * self.ctas
-        return 4 * parts * (1 + self.split * weights * self.tile_n * 128)
+        tickets = self.tickets(m, n, batch)
+        parts = tickets * self.split
+        if self.schedule == "stream_k":
+            parts = 2 * (processors // self.ctas * self.ctas)  # of the tile that a CTA ends, and of the one that it begins
+        return 4 * (tickets + parts * weights * self.tile_n * 128)
 
 
 def legal(config: Config, problem: Problem | GroupedProblem) -> str | None:
@@ -191,7 +222,8 @@ def _illegal_tile(c: Config) -> str | None:
     if c.ctas == 1 and c.tile_m != 128:
         return f"tile_m {c.tile_m}: a block-scaled MMA of one CTA has 128 rows (PTX ISA, tcgen05.mma, shapes)"
     if c.ctas == 2 and c.tile_m == 128:
-        return "tile_m 128 of a pair: its accumulators lie in lanes 0 to 63 and 64 to 127, which this epilogue does not read"
+        place = "both CTAs read the scales of their 64 rows at one address of tensor memory"
+        return f"tile_m 128 of a pair: {place}, and 64 rows further in an atom of {ATOM_ROWS} are two columns further"
     if c.ctas == 2 and c.tile_m != 256:
         return f"tile_m {c.tile_m}: a block-scaled MMA of a pair has 128 or 256 rows (PTX ISA, tcgen05.mma, shapes)"
     step = 8 * c.ctas
@@ -233,6 +265,8 @@ def _unsupported(c: Config, problem: Problem) -> str | None:
     if c.store == "tma" and problem.n * 2 % _COPY_ALIGN:
         rows = f"tensor copies need rows of a multiple of {_COPY_ALIGN} bytes"
         return f'store "tma", N {problem.n}: {rows}, so N must be a multiple of 8 (CUDA driver API, cuTensorMapEncodeTiled)'
+    if c.schedule == "stream_k" and c.gate_first:
+        return f'schedule "stream_k", gate_first {c.gate_first}: {_NOT_OF_A_PART}'
     if c.split > 1:
         reason = _illegal_split(c, -(-problem.k // c.tile_k))
         if reason:
@@ -250,7 +284,7 @@ def _illegal_split(c: Config, steps: int) -> str | None:
     if c.split > steps:
         return f"split {c.split}: K has {steps} steps of {c.tile_k}, and a part needs one"
     if c.gate_first:
-        return f"split {c.split}, gate_first {c.gate_first}: the activation of a part of a sum means nothing"
+        return f"split {c.split}, gate_first {c.gate_first}: {_NOT_OF_A_PART}"
     if c.schedule != "one_wave":
         return f'split {c.split}, schedule "{c.schedule}": the parts of a tile are CTAs of one wave'
     return None

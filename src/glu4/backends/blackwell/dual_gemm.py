@@ -2,8 +2,8 @@
 
 Device code; needs nvidia-cutlass-dsl. Read `config` for what can be chosen. A is loaded once for each step along K and
 multiplied by both weights, which lie apart as checkpoints have them. Warps 0 to 3 read the accumulators and write C
-(`epilogue`), warp 4 issues the MMAs, warp 5 the copies. The second CTA of a pair loads its half of A and of the weights and
-reads its half of the accumulators; the first issues for both.
+(`epilogue`), warp 4 issues the MMAs, warp 5 the copies; or warp 4 does both. The second CTA of a pair loads its half of A and
+of the weights and reads its half of the accumulators; the first issues for both.
 
 Block scales are in the 128x4 layout (glu4.scale_layout) and go through shared memory to tensor memory (tcgen05.cp), where 32
 rows share a column. A tile of 32 or 64 columns of C uses a part of an atom's four columns, so its scales start at an offset.
@@ -12,6 +12,7 @@ Exactness. e2m1 * e4m3 products and their sums over a block are exact in float32
 tensor core's. Global scales and the activation are applied in float32, and the result is rounded once.
 """
 
+from functools import partial
 from typing import Any
 
 import cutlass
@@ -22,7 +23,7 @@ from cutlass import cute, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 from cutlass.memory import SmemAllocator, TmemAllocator
 
-from glu4.backends.blackwell.config import MMA_K, THREADS, Config
+from glu4.backends.blackwell.config import MMA_K, Config
 from glu4.backends.blackwell.dual_loads import GATE, UP, A, Loads
 from glu4.backends.blackwell.dual_tiles import RESPONSES, Tiles
 from glu4.backends.blackwell.epilogue import Epilogue
@@ -31,7 +32,7 @@ from glu4.backends.blackwell.instructions import block_scaled_mma, instruction_d
 Int32, Int64, Float32 = cutlass.Int32, cutlass.Int64, cutlass.Float32
 E2M1, E4M3 = cutlass.Float4E2M1FN, cutlass.Float8E4M3FN
 BLOCK = 16
-EPILOGUE_WARPS, MMA_WARP, TMA_WARP = 4, 4, 5
+EPILOGUE_WARPS, MMA_WARP = 4, 4
 ALLOCATED, STORED = 2, 1  # named barriers: tensor memory's address is there; it is not needed any more
 
 
@@ -84,14 +85,17 @@ class DualGemm(Loads, Tiles):
         atoms, tensors = self.copy_atoms(operands, k, batch, layouts, (mma, mma_one), (cluster, cluster_one))
         across, down = cute.ceil_div(m, c.tile_m), cute.ceil_div(n, c.tile_n)
         grid = (across * c.ctas, down, batch * c.split)
-        if cutlass.const_expr(c.schedule == "static"):
+        if cutlass.const_expr(c.schedule == "stream_k"):
+            grid = (processors // c.ctas * c.ctas, 1, 1)
+        elif cutlass.const_expr(c.schedule == "static"):
             grid = (cutlass.min(processors // c.ctas, across * down * batch) * c.ctas, 1, 1)
         self.kernel(
             (mma, mma_one), atoms, tensors, layouts, (cluster, cluster_one), (out, row_stride, batch_stride, workspace),
             self.epilogue.tensor_copy(out, (row_stride, batch_stride), (m, n, batch)),
             (global_a, global_gate, global_up), (gate_bias, up_bias), flags, (alpha, beta, limit), (m, n, k, batch),
         ).launch(
-            grid=grid, block=(THREADS, 1, 1), cluster=self.cluster_shape if self.pair else None, stream=stream, use_pdl=c.pdl,
+            grid=grid, block=(c.threads, 1, 1), cluster=self.cluster_shape if self.pair else None, stream=stream, use_pdl=c.pdl,
+            min_blocks_per_mp=1,  # without it ptxas may spill where it has registers left
         )  # fmt: skip
 
     def copy_atoms(self, operands: tuple, k: Any, batch: Any, layouts: tuple, mmas: tuple, clusters: tuple) -> tuple:
@@ -148,7 +152,7 @@ class DualGemm(Loads, Tiles):
 
         # ---- shared memory and barriers ----
         storage = SmemAllocator().allocate(self.storage(layouts))
-        if warp == TMA_WARP:
+        if warp == c.copy_warp:
             for atom in atoms:
                 cpasync.prefetch_descriptor(atom)
         pipes = self.pipelines(storage, clusters[0])
@@ -162,21 +166,27 @@ class DualGemm(Loads, Tiles):
         pipeline.pipeline_init_arrive(cluster_shape_mn=self.cluster_shape[:2], is_relaxed=True)
         shared = self.shared_operands(storage, layouts)
         accumulator = mmas[0].make_fragment_C(mmas[0].partition_shape_C(self.tile[:2])).layout
-        origin, steps = self.part(cute.ceil_div(shape[2], c.tile_k))
-        work = (*self.work(shape), control, half == 0)
+        work = self.work(shape, control, half == 0)
         pipeline.pipeline_init_wait(cluster_shape_mn=self.cluster_shape[:2])
 
         # ---- the roles ----
-        if warp == TMA_WARP:
+        if warp == c.copy_warp:
             copies = self.partitions(atoms, tensors, shared, mmas, clusters, half, rank)
             mask = None
             if cutlass.const_expr(self.pair):
                 mask = cpasync.create_tma_multicast_mask(clusters[1], clusters[1].get_flat_coord(rank), mcast_mode=1)
-            self.load_tiles((atoms, copies, pipes, steps, mask, origin), work)
-        if warp == MMA_WARP:
-            tmem.wait_for_alloc()
-            base = tmem.retrieve_ptr(Float32)
-            self.multiply_tiles((mmas[0], base, accumulator, shared, layouts, pipes, done, steps, half == 0), work)
+            loads = (atoms, copies, pipes, mask)
+            if cutlass.const_expr(c.warps == "specialised"):
+                self.load_tiles(loads, work)
+            else:
+                tmem.wait_for_alloc()
+                products = (mmas[0], tmem.retrieve_ptr(Float32), accumulator, shared, layouts, pipes, done, half == 0)
+                self.load_and_multiply_tiles(loads, products, work)
+        if cutlass.const_expr(c.warps == "specialised"):
+            if warp == MMA_WARP:
+                tmem.wait_for_alloc()
+                products = (mmas[0], tmem.retrieve_ptr(Float32), accumulator, shared, layouts, pipes, done, half == 0)
+                self.multiply_tiles(products, work)
         if warp < EPILOGUE_WARPS:
             tmem.allocate(c.columns(self.weights))
             tmem.wait_for_alloc()
@@ -195,23 +205,39 @@ class DualGemm(Loads, Tiles):
 
     @cute.jit
     def multiply_tiles(self, context, work):
-        """Warp 4."""
-        own, first, count, every, tiles, control, _ = work
-        done, leader = context[6], context[8]
+        """The warp of products."""
         used = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         summed = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
-        if cutlass.const_expr(self.config.schedule == "static"):
-            for index in cutlass.range(first, count, every, unroll=1):
-                used, summed = self.multiply(context, self.tile_at(index, tiles), used, summed)
-        elif cutlass.const_expr(self.config.schedule == "launch_control"):
-            heard = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, RESPONSES)
-            x, y, z, more = *own, Int32(1)
-            while more != 0:
-                used, summed = self.multiply(context, (x, y, z), used, summed)
-                x, y, z, more = self.next_tile(control, heard)
-                heard.advance()
-        else:
-            used, summed = self.multiply(context, own, used, summed)
+        used, summed = self.each(work, partial(self.multiply_tile, context), (used, summed))
+        self.end_products(context, summed)
+
+    @cute.jit
+    def multiply_tile(self, context, piece, states):
+        used, summed, _ = self.multiply(context, None, piece, *states, None)
+        return used, summed
+
+    @cute.jit
+    def load_and_multiply_tiles(self, loads, products, work):
+        """One warp for both: copies run `ahead` steps ahead of the products."""
+        used = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
+        summed = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
+        loaded, begin = self.begin_loads(loads, work)
+        body = partial(self.load_and_multiply_tile, loads, products)
+        loaded, begin, used, summed = self.each(work, body, (loaded, begin, used, summed), asks=True)
+        self.end_loads(loads, loaded)
+        self.end_products(products, summed)
+
+    @cute.jit
+    def load_and_multiply_tile(self, loads, products, piece, states):
+        loaded, begin, used, summed = states
+        loaded = self.load(loads, piece, begin, cutlass.min(piece[2], self.ahead), loaded)
+        used, summed, loaded = self.multiply(products, loads, piece, used, summed, loaded)
+        return loaded, Int32(0), used, summed
+
+    @cute.jit
+    def end_products(self, context, summed):
+        """The leading CTA stays until its last sums are read: both CTAs signal its barriers."""
+        done, leader = context[6], context[7]
         if leader:
             for d in cutlass.range_constexpr(len(done)):
                 done[d].producer_tail(summed.clone() if cutlass.const_expr(d + 1 < len(done)) else summed)
@@ -219,23 +245,16 @@ class DualGemm(Loads, Tiles):
     @cute.jit
     def write_tiles(self, context, work):
         """Warps 0 to 3."""
-        own, first, count, every, tiles, control, _ = work
         if cutlass.const_expr(self.config.pdl):
             cute.arch.griddepcontrol_wait()
         read = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
-        if cutlass.const_expr(self.config.schedule == "static"):
-            for index in cutlass.range(first, count, every, unroll=1):
-                read = self.epilogue.write(context, self.tile_at(index, tiles), read)
-        elif cutlass.const_expr(self.config.schedule == "launch_control"):
-            heard = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, RESPONSES)
-            x, y, z, more = *own, Int32(1)
-            while more != 0:
-                read = self.epilogue.write(context, (x, y, z), read)
-                x, y, z, more = self.next_tile(control, heard)
-                heard.advance()
-        else:
-            read = self.epilogue.write(context, own, read)
+        self.each(work, partial(self.write_tile, context, work), (read,))
         self.epilogue.finish_stores(context[11])
+
+    @cute.jit
+    def write_tile(self, context, work, piece, states):
+        parts = self.parts(work, piece, context[10])
+        return (self.epilogue.write(context, piece[0], parts, states[0]),)
 
     # ---- set up ----
 
@@ -318,10 +337,14 @@ class DualGemm(Loads, Tiles):
     # ---- multiply ----
 
     @cute.jit
-    def multiply(self, context, tile_at, state, done_state):
-        """Warp 4: scales to tensor memory and the products of every step of a tile, issued by the leading CTA of a pair."""
+    def multiply(self, context, loads, piece, state, done_state, loaded):
+        """Scales to tensor memory and the products of every step of a tile, issued by the leading CTA of a pair.
+
+        loads: where this warp copies operands too, what `load` needs; loaded: its state.
+        """
         c = self.config
-        mma, base, accumulator, shared, layouts, pipes, done, steps, leader = context
+        mma, base, accumulator, shared, layouts, pipes, done, leader = context
+        tile_at, _, steps = piece
         shift = tile_at[1] % self.sharing * self.shift
         scales = self.scale_sets(base, layouts, mma, shared, shift)
         operands = (
@@ -340,12 +363,21 @@ class DualGemm(Loads, Tiles):
                 for p in cutlass.range_constexpr(len(pipes)):
                     pipes[p].consumer_release(state)
             state.advance()
+            loaded = self.load_next(loads, piece, step, loaded)
         if cutlass.const_expr(c.gate_first > 0):
-            state = self.end(operands, scales, pipes, done, done_state, state, last, steps, leader)
+            state, loaded = self.end(operands, scales, pipes, done, done_state, state, last, loads, piece, loaded, leader)
         if leader:
             done[len(done) - 1].producer_commit(done_state)
         done_state.advance()
-        return state, done_state
+        return state, done_state, loaded
+
+    @cute.jit
+    def load_next(self, loads, piece, step, loaded):
+        """Where this warp copies operands too, those of the step that comes `ahead` later."""
+        if cutlass.const_expr(self.config.warps == "single"):
+            later = step + self.ahead
+            loaded = self.load(loads, piece, later, cutlass.min(later + 1, piece[2]), loaded)
+        return loaded
 
     @cute.jit
     def step(self, operands, scales, pipes, state, step):
@@ -369,9 +401,9 @@ class DualGemm(Loads, Tiles):
             self.products(operands, scales, (1,), state, step)
 
     @cute.jit
-    def end(self, operands, scales, pipes, done, done_state, state, first, steps, leader):
+    def end(self, operands, scales, pipes, done, done_state, state, first, loads, piece, loaded, leader):
         """The last steps: gate's products of all, then up's; their stages are released after the second."""
-        again = state.clone()
+        steps, again = piece[2], state.clone()
         for step in cutlass.range(first, steps, unroll=1):
             if leader:
                 pipes[0].consumer_wait(state)
@@ -379,6 +411,7 @@ class DualGemm(Loads, Tiles):
                 self.copy_scales(scales[1], state)
                 self.products(operands, scales, (0,), state, step)
             state.advance()
+            loaded = self.load_next(loads, piece, step, loaded)
         if leader:
             done[0].producer_commit(done_state)
         for step in cutlass.range(first, steps, unroll=1):
@@ -391,7 +424,7 @@ class DualGemm(Loads, Tiles):
                 for p in cutlass.range_constexpr(len(pipes)):
                     pipes[p].consumer_release(again)
             again.advance()
-        return again
+        return again, loaded
 
     @cute.jit
     def copy_scales(self, scales, state):

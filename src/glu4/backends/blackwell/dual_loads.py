@@ -1,13 +1,14 @@
-"""Warp 5 of the Blackwell kernel: copies of operands to shared memory.
+"""The warp of copies of the Blackwell kernel: operands to shared memory.
 
 Device code; needs nvidia-cutlass-dsl.
 """
+
+from functools import partial
 
 import cutlass
 from cutlass import cute, pipeline
 
 from glu4.backends.blackwell.config import Config
-from glu4.backends.blackwell.dual_tiles import RESPONSES
 from glu4.backends.blackwell.instructions import EVICT_FIRST, EVICT_NORMAL
 
 Int32, Int64 = cutlass.Int32, cutlass.Int64
@@ -21,79 +22,86 @@ class Loads:
     config: Config
     sharing: int  # tiles that share an atom of the weights' scales
 
+    @property
+    def ahead(self) -> int:
+        """Steps along K whose copies are started before the first products: what the stages hold.
+
+        One warp that does both must not wait for the stage of the products it issued last, so it leaves one stage free.
+        """
+        c = self.config
+        return c.stages if c.warps == "specialised" else max(1, c.stages - 1)
+
     @cute.jit
     def load_tiles(self, context, work):
-        """Warp 5."""
+        """The warp of copies."""
+        loaded, begin = self.begin_loads(context, work)
+        loaded, begin = self.each(work, partial(self.load_tile, context), (loaded, begin), asks=True)
+        self.end_loads(context, loaded)
+
+    @cute.jit
+    def begin_loads(self, context, work):
+        """(state, steps of the first tile that were loaded): when the kernel in front is done, but for early weights."""
         c = self.config
-        own, first, count, every, tiles, control, leader = work
-        _, _, pipes, steps, _, _ = context
         loaded = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, c.stages)
         begin = Int32(0)
         if cutlass.const_expr(c.early_weights):
-            begin = cutlass.min(steps, c.stages)
-            tile = self.tile_at(first, tiles) if cutlass.const_expr(c.schedule == "static") else own
-            loaded = self.load_early(context, tile, begin, loaded)
+            piece = self.first_piece(work)
+            begin = cutlass.min(piece[2], self.ahead)
+            loaded = self.load_early(context, piece, begin, loaded)
         elif cutlass.const_expr(c.pdl):
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
-        if cutlass.const_expr(c.schedule == "static"):
-            for index in cutlass.range(first, count, every, unroll=1):
-                loaded = self.load(context, self.tile_at(index, tiles), begin, loaded)
-                begin = Int32(0)
-        elif cutlass.const_expr(c.schedule == "launch_control"):
-            asked = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, RESPONSES)
-            heard = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, RESPONSES)
-            x, y, z, more = *own, Int32(1)
-            while more != 0:
-                if leader:
-                    self.ask(control, asked)
-                asked.advance()
-                loaded = self.load(context, (x, y, z), begin, loaded)
-                begin = Int32(0)
-                x, y, z, more = self.next_tile(control, heard)
-                heard.advance()
-            if leader:
-                self.all_heard(control, asked)
-        else:
-            loaded = self.load(context, own, begin, loaded)
+        return loaded, begin
+
+    @cute.jit
+    def end_loads(self, context, loaded):
+        """A CTA stays until its last stages are free: a pair's commits arrive in both."""
+        pipes = context[2]
         for p in cutlass.range_constexpr(len(pipes)):
             pipes[p].producer_tail(loaded.clone() if cutlass.const_expr(p + 1 < len(pipes)) else loaded)
 
     @cute.jit
-    def load_early(self, context, tile_at, count, state):
+    def load_tile(self, context, piece, states):
+        """All of a tile, but for the steps that were loaded early."""
+        loaded, begin = states
+        return self.load(context, piece, begin, piece[2], loaded), Int32(0)
+
+    @cute.jit
+    def load_early(self, context, piece, count, state):
         """The first `count` steps: weights at once, A when the kernel in front is done."""
         pipes = context[2]
         ahead = state.clone()
         for step in cutlass.range(count, unroll=1):
             for p in cutlass.range_constexpr(len(pipes)):
                 pipes[p].producer_acquire(ahead)
-                self.copy(context, p, (GATE, SCALE_GATE, UP, SCALE_UP), tile_at, step, ahead)
-            self.prefetch(context, (SCALE_GATE, SCALE_UP), tile_at, step + self.config.stages)
+                self.copy(context, p, (GATE, SCALE_GATE, UP, SCALE_UP), piece, step, ahead)
+            self.prefetch(context, (SCALE_GATE, SCALE_UP), piece, step + self.config.stages)
             ahead.advance()
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         for step in cutlass.range(count, unroll=1):
-            self.copy(context, 0, (A, SCALE_A), tile_at, step, state)
-            self.prefetch(context, (SCALE_A,), tile_at, step + self.config.stages)
+            self.copy(context, 0, (A, SCALE_A), piece, step, state)
+            self.prefetch(context, (SCALE_A,), piece, step + self.config.stages)
             state.advance()
         return state
 
     @cute.jit
-    def load(self, context, tile_at, begin, state):
-        """Start the copies of every step along K of a tile from `begin`, as stages become free."""
-        _, _, pipes, steps, _, _ = context
-        for step in cutlass.range(begin, steps, unroll=1):
-            self.prefetch(context, (SCALE_A, SCALE_GATE, SCALE_UP), tile_at, step + self.config.stages)
+    def load(self, context, piece, begin, end, state):
+        """Start the copies of the steps along K of a tile from `begin` to `end`, as stages become free."""
+        pipes = context[2]
+        for step in cutlass.range(begin, end, unroll=1):
+            self.prefetch(context, (SCALE_A, SCALE_GATE, SCALE_UP), piece, step + self.config.stages)
             for p in cutlass.range_constexpr(len(pipes)):
                 pipes[p].producer_acquire(state)
-                self.copy(context, p, tuple(range(6)), tile_at, step, state)
+                self.copy(context, p, tuple(range(6)), piece, step, state)
             state.advance()
         return state
 
     @cute.jit
-    def prefetch(self, context, which: cutlass.Constexpr, tile_at, step):
+    def prefetch(self, context, which: cutlass.Constexpr, piece, step):
         """The scales of a step, where there is one, to L2."""
-        atoms, copies, _, steps, _, origin = context
+        atoms, copies, _, _ = context
+        tile_at, origin, steps = piece
         if cutlass.const_expr(self.config.prefetch_scales):
             if step < steps:
                 with cute.arch.elect_one():
@@ -112,10 +120,11 @@ class Loads:
         return tile
 
     @cute.jit
-    def copy(self, context, p: cutlass.Constexpr, which: cutlass.Constexpr, tile_at, step, state):
+    def copy(self, context, p: cutlass.Constexpr, which: cutlass.Constexpr, piece, step, state):
         """Start the copies of a step of those operands in `which` whose arrival the p-th pipeline counts."""
         c = self.config
-        atoms, copies, pipes, _, mask, origin = context
+        atoms, copies, pipes, mask = context
+        tile_at, origin, _ = piece
         barrier = pipes[p].producer_get_barrier(state)
         for i in cutlass.range_constexpr(len(atoms)):
             if cutlass.const_expr(i in which and (len(pipes) == 1 or p == i // UP)):

@@ -121,12 +121,12 @@ class Exported:
     def program(self) -> Program:
         return load(self.ptx)
 
-    def workspace(self, operands: Operands) -> np.ndarray[Any, Any]:
+    def workspace(self, operands: Operands, processors: int = 148) -> np.ndarray[Any, Any]:
         """Tickets of zero, then sums that are NaN until they are written; int32."""
         c, (batch, m, n, _) = self.spec.config, operands.shape
-        made = np.full(c.workspace_bytes(m, n, batch, self.spec.weights) // 4, 0x7FC00000, np.int32)
-        if c.split > 1:
-            made[: made.size // (1 + c.split * self.spec.weights * c.tile_n * 128)] = 0
+        made = np.full(c.workspace_bytes(m, n, batch, self.spec.weights, processors) // 4, 0x7FC00000, np.int32)
+        if c.shares_tiles:
+            made[: c.tickets(m, n, batch)] = 0
         return made
 
     def launch(self, operands: Operands, out: np.ndarray[Any, Any], processors: int = 148) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class Exported:
         """
         a = operands.activation
         sizes = {name: array.nbytes for name, array in operands.buffers().items()}
-        sizes |= {"out": out.nbytes, "workspace": self.workspace(operands).nbytes}
+        sizes |= {"out": out.nbytes, "workspace": self.workspace(operands, processors).nbytes}
         buffers = {name: (_BASE + i * _APART, size) for i, (name, size) in enumerate(sizes.items())}
         arguments = [pointer(buffers[name][0]) for name in (*_OPERANDS, *_GLOBAL, *_BIASES, "out", "workspace")]
         arguments += [scalar("i64", out.shape[-1]), scalar("i64", out.shape[-2] * out.shape[-1])]
@@ -155,15 +155,19 @@ class Exported:
         program: Program | None = None,
         processors: int = 148,
         workspace: np.ndarray[Any, Any] | None = None,
+        ctas: Sequence[Sequence[int]] | None = None,
         **options: Any,
     ) -> tuple[Result, Tensor]:
         """(the emulator's result, output `[l, m, n]`); `program` runs instead of the kernel, options are the emulator's.
 
-        workspace: as a launch before left it; a new one without.
+        workspace: as a launch before left it; a new one without. ctas: the only ones to run, with those of their pairs.
         """
         _, m, n, _ = operands.shape
         inputs = {**operands.buffers(), "out": out}
-        inputs["workspace"] = self.workspace(operands) if workspace is None else workspace
-        result = emulate(program or self.program, self.launch(operands, out, processors), inputs, **options)
+        inputs["workspace"] = self.workspace(operands, processors) if workspace is None else workspace
+        launch = self.launch(operands, out, processors)
+        if ctas is not None:
+            launch["ctas"] = [list(c) for c in ctas]
+        result = emulate(program or self.program, launch, inputs, **options)
         dtype = {"f16": torch.float16, "bf16": torch.bfloat16}[self.spec.out]
         return result, torch.from_numpy(result.buffers["out"].view(np.int16)).view(dtype)[:, :m, :n]

@@ -85,8 +85,11 @@ class Epilogue:
     # ---- a tile ----
 
     @cute.jit
-    def write(self, context, tile_at, state):
-        """All of a thread's row of a tile, load_width columns at a time; out: C's pointer, row stride and batch stride."""
+    def write(self, context, tile_at, parts, state):
+        """All of a thread's row of a tile, load_width columns at a time, by the last of those that have parts of it.
+
+        out: C's pointer, row stride and batch stride, and the workspace; parts: of Tiles.parts.
+        """
         c = self.config
         base, accumulator, done, out, staging, bias_pointers, global_scales, flags, constants, shape, half, thread, _ = context
         block_m, block_n, matrix = tile_at
@@ -101,12 +104,21 @@ class Epilogue:
         kept = cute.make_rmem_tensor((c.tile_n if c.gate_first else 1,), Float32)
         done[0].consumer_wait(state)
         pieces = cutlass.const_expr(c.tile_n // c.load_width)
-        if cutlass.const_expr(c.split > 1):
-            parts = self.parts(context, tile_at)
-            if self.leave(context, parts, gate, up):
+        if cutlass.const_expr(c.shares_tiles):
+            whole = parts[1] == 1
+            writes = whole
+            if not whole:
+                writes = self.leave(context, parts, gate, up)
+            if writes:
                 for i in cutlass.range(pieces, unroll=1):
                     column = block_n * c.tile_n + i * c.load_width
-                    self.add_up(parts, thread, i, gate, up)
+                    if whole:
+                        self.read(base, accumulator, 0, i, gate, thread)
+                        if cutlass.const_expr(self.dual):
+                            self.read(base, accumulator, 1, i, up, thread)
+                        cute.arch.fence_view_async_tmem_load()
+                    else:
+                        self.add_up(context, parts, i, gate, up)
                     self.finish_gate(gate, factors[0], biases[0], flags, constants, n, column)
                     self.finish(gate, up, rounded, factors, biases, flags, constants, n, column)
                     self.put(rounded, staging, tile_at, half, i, thread, row, shape, start, column)
@@ -144,59 +156,59 @@ class Epilogue:
     # ---- parts of K ----
 
     @cute.jit
-    def parts(self, context, tile_at):
-        """(this CTA's ticket, the sums of all parts of its half of a tile: columns of rows, gate and up, parts)."""
+    def sums(self, context, parts, s):
+        """What part `s` of a tile left in the workspace: [rows, columns, gate and up] of this CTA's half."""
         c = self.config
-        out, shape, half = context[3], context[9], context[10]
-        tiles_m, tiles_n = cute.ceil_div(shape[0], c.tile_m), cute.ceil_div(shape[1], c.tile_n)
-        number = ((tile_at[2] * tiles_n + tile_at[1]) * tiles_m + tile_at[0]) * c.ctas + half
-        weights = cutlass.const_expr(2 if self.dual else 1)
-        size = cutlass.const_expr(ROWS * c.tile_n * weights * c.split)
-        tickets = out[3]
-        first = cute.recast_ptr(tickets, dtype=Float32) + Int64(tiles_m * tiles_n * shape[3] * c.ctas) + Int64(number) * size
-        return tickets + number, cute.make_tensor(first, cute.make_layout((ROWS, c.tile_n, weights, c.split)))
+        workspace, shape = context[3][3], context[9]
+        tickets = cute.ceil_div(shape[0], c.tile_m) * cute.ceil_div(shape[1], c.tile_n) * shape[3] * c.ctas
+        _, _, _, zeroth, first, apart = parts
+        place = zeroth if s == 0 else first + s * apart
+        size = cutlass.const_expr(ROWS * c.tile_n * (2 if self.dual else 1))
+        start = cute.recast_ptr(workspace, dtype=Float32) + Int64(tickets) + Int64(place) * size
+        return cute.make_tensor(start, cute.make_layout((ROWS, c.tile_n, 2 if self.dual else 1)))
 
     @cute.jit
     def leave(self, context, parts, gate, up):
         """This CTA's sums to the workspace; whether it was the last, and then sees those of all others."""
         c = self.config
         base, accumulator, thread, shared_ticket = context[0], context[1], context[11], context[12]
-        ticket, sums = parts
-        own = cute.arch.block_idx()[2] % c.split
+        own, count, number, _, _, _ = parts
+        sums, ticket = self.sums(context, parts, own), context[3][3] + number
         for i in cutlass.range(c.tile_n // c.load_width, unroll=1):
             self.read(base, accumulator, 0, i, gate, thread)
             if cutlass.const_expr(self.dual):
                 self.read(base, accumulator, 1, i, up, thread)
             cute.arch.fence_view_async_tmem_load()
             for j in cutlass.range_constexpr(c.load_width):
-                sums[thread, i * c.load_width + j, 0, own] = gate[j]
+                sums[thread, i * c.load_width + j, 0] = gate[j]
                 if cutlass.const_expr(self.dual):
-                    sums[thread, i * c.load_width + j, 1, own] = up[j]
+                    sums[thread, i * c.load_width + j, 1] = up[j]
         cute.arch.barrier(barrier_id=STAGED, number_of_threads=ROWS)
         taken = cute.make_tensor(shared_ticket, cute.make_layout(1))
         if thread == 0:
             # release what the barrier has brought here from all threads, acquire what others have released
             taken[0] = take_ticket(ticket)
         cute.arch.barrier(barrier_id=STAGED, number_of_threads=ROWS)
-        last = taken[0] == c.split - 1
+        last = taken[0] == count - 1
         if last & (thread == 0):
             cute.make_tensor(ticket, cute.make_layout(1))[0] = Int32(0)  # for the next launch
         return last
 
     @cute.jit
-    def add_up(self, parts, thread, i, gate, up):
+    def add_up(self, context, parts, i, gate, up):
         """The sums of load_width columns: parts in the order of K, whichever came last."""
         c = self.config
-        sums = parts[1]
+        thread, sums = context[11], self.sums(context, parts, 0)
         for j in cutlass.range_constexpr(c.load_width):
-            gate[j] = sums[thread, i * c.load_width + j, 0, 0]
+            gate[j] = sums[thread, i * c.load_width + j, 0]
             if cutlass.const_expr(self.dual):
-                up[j] = sums[thread, i * c.load_width + j, 1, 0]
-        for s in cutlass.range(1, c.split, unroll=1):
+                up[j] = sums[thread, i * c.load_width + j, 1]
+        for s in cutlass.range(1, parts[1], unroll=1):
+            sums = self.sums(context, parts, s)
             for j in cutlass.range_constexpr(c.load_width):
-                gate[j] = gate[j] + sums[thread, i * c.load_width + j, 0, s]
+                gate[j] = gate[j] + sums[thread, i * c.load_width + j, 0]
                 if cutlass.const_expr(self.dual):
-                    up[j] = up[j] + sums[thread, i * c.load_width + j, 1, s]
+                    up[j] = up[j] + sums[thread, i * c.load_width + j, 1]
 
     # ---- values ----
 
