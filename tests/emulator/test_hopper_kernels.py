@@ -149,6 +149,27 @@ def test_hopper_kernels(config: Config, x_format: str, shape: tuple[int, int, in
         assert verdict.ok, verdict.summary()
 
 
+# mantissas in [1, 2), whose product with a power of two may be infinite
+LARGER_MANTISSAS = (("dual_gemm", "(raw >> 23) - 126", "(raw >> 23) - 127"), ("dual_gemm", "| 0x3F000000", "| 0x3F800000"))
+
+
+@pytest.mark.parametrize("edits", [(), LARGER_MANTISSAS], ids=["as it is", "planted"])
+def test_sums_of_zero_stay_zero_under_the_largest_global_scales(edits: tuple[Edit, ...]) -> None:
+    """A factor that is infinite would make NaN of a sum of zero, where the specification has 0."""
+    config, largest = SHIPPED[0], torch.tensor(torch.finfo(torch.float32).max)
+    case = case_of("nvfp4", 5, 40, 192)
+    assert isinstance(case.x, NVFP4Tensor)
+    assert case.up is not None
+    x = _unchecked(torch.zeros_like(case.x.codes), case.x.block_scale, largest)
+    gate, up = (_unchecked(w.codes, w.block_scale, largest) for w in (case.gate, case.up))
+    case = replace(case, x=x, gate=gate, up=up, gate_bias=None, up_bias=None)
+    launch, buffers = launch_of(config, case)
+    result = emulate(load(ptx_of((KernelSpec(config, "nvfp4", "f16", True), edits))[0]), launch, buffers)
+    right = not bool(output(result).count_nonzero())
+    assert right == (not edits)
+    assert right or bool(output(result).isnan().any())
+
+
 def test_both_ways_of_w4a4_give_the_same_bits() -> None:
     """The kernel that decodes itself, and the one for fp16 with tokens decoded ahead, whose scale is then in the weights'."""
     config = SHIPPED[0]
@@ -296,7 +317,7 @@ def test_a_grid_of_one_cta_less_is_seen() -> None:
 
 DECODER_FAULTS: dict[str, Sequence[Edit]] = {
     "rows of an atom in their order": (("decode_tokens", "row % 32 * 16 + row % 128 // 32 * 4", "row % 128 * 4"),),
-    "columns of atoms not rounded up": (("decode_tokens", "(swizzled // 2 + 3) // 4", "swizzled // 2 // 4"),),
+    "columns of atoms not rounded up": (("decode_tokens", "(width // 2 + 3) // 4", "swizzled // 2 // 4"),),
     "no second atom of rows": (("decode_tokens", "((row // 128) * atoms + column // 4)", "(column // 4)"),),
     "scales linear": (("decode_tokens", "if swizzled != 0:", "if swizzled == -1:"),),
     "2^-7 of the values": (("decode_tokens", "asm_u32(_PRODUCT, values[pair], _TWO_TO_7)", "values[pair]"),),

@@ -16,10 +16,8 @@ from glu4.problem import GroupedProblem, Problem
 __all__ = ["SHIPPED", "Config", "candidates", "cost", "legal"]
 
 WARPGROUP = 128
-DECODE_WARPS, DECODE_AHEAD = (
-    4,
-    4,
-)  # a warpgroup that decodes NVFP4 tokens, in kernels that do; stages whose codes each asks for ahead
+DECODE_WARPS = 4  # that decode NVFP4 tokens, in kernels that do
+DECODE_AHEAD = 4  # stages whose codes each of them asks for ahead
 STAGED_ROW = 72  # bytes of a row of NVFP4 tokens in a stage: 128 codes and 8 scales
 DECODE_THREADS, DECODE_WORDS = 128, 4  # of a CTA that decodes tokens ahead; words of eight codes that each thread takes
 UNIT_BYTES = 2304  # one packed unit, 64 rows x 64 of K: 2048 bytes of codes and 256 of scales

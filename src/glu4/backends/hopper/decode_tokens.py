@@ -173,9 +173,10 @@ class DecodeTokens:
     @cute.jit
     def scale_index(self, word, swizzled):
         """Where the scale of a word's block lies; `glu4.scale_layout` describes both layouts."""
-        index = word // 2
+        index = Uint32(word) // 2
         if swizzled != 0:
-            row, column = word // swizzled, word % swizzled // 2
-            atoms = (swizzled // 2 + 3) // 4
+            width = Uint32(swizzled)
+            row, column = Uint32(word) // width, Uint32(word) % width // 2
+            atoms = (width // 2 + 3) // 4
             index = ((row // 128) * atoms + column // 4) * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4
         return index

@@ -213,10 +213,13 @@ class DualGemm:
                     if split == part:
                         values = self.epilogue(
                             sums, gate_factors, up_factors, gate_bias, up_bias, flags, alpha, beta, limit, out.shape[1],
-                            row_tile * c.rows + row, lane, part,
+                            row_tile * c.rows + row, lane, part * (c.tokens // 8 // c.splits), c.tokens // 8 // c.splits,
                         )  # fmt: skip
+                        if cutlass.const_expr(c.k_groups == 1 and c.splits == 1):
+                            # the tokens' memory is free once no product reads it any more
+                            cute.arch.barrier(barrier_id=1, number_of_threads=c.consumers * WARPGROUP)
                         self.store(values, out, staging, row, token_tile * c.tokens + part * (c.tokens // c.splits),
-                                   row_tile * c.rows + row, lane)  # fmt: skip
+                                   row_tile * c.rows + row, lane, c.tokens // c.splits)  # fmt: skip
 
     # ---- copies ----
 
@@ -356,10 +359,11 @@ class DualGemm:
         return codes, scales
 
     @cute.jit
-    def decode(self, codes, scales, fragment):
-        """One unit into the 16 registers of a fragment; fields and scale bytes as `pack` lays them out."""
+    def decode(self, codes, scales, fragment, first: cutlass.Constexpr = 0, steps: cutlass.Constexpr = 4):
+        """`steps` steps of 16 of one unit from `first` on into four registers each of a fragment; fields and scale bytes as
+        `pack` lays them out."""
         registers = cute.recast_tensor(fragment, Uint32)
-        for s in cutlass.range_constexpr(4):
+        for s in cutlass.range_constexpr(first, first + steps):
             x, w = codes[s], scales[s // 2]
             if cutlass.const_expr(self.brain):
                 both = ((w << 4) if cutlass.const_expr(s % 2 == 0) else (w >> 4)) & 0x0FF00FF0
@@ -371,7 +375,7 @@ class DualGemm:
             signs = (x, x << 3, x << 1, x << 2)
             for j in cutlass.range_constexpr(4):
                 value = (magnitudes[j] & mask) | (signs[j] & 0x80008000)
-                registers[4 * s + j] = _scaled(value, both, j % 2, kind)
+                registers[4 * (s - first) + j] = _scaled(value, both, j % 2, kind)
 
     @cute.jit
     def multiply(self, mma, sums, fragment, tokens, unit):
@@ -456,15 +460,18 @@ class DualGemm:
 
     @cute.jit
     def split(self, value):
-        """(m, e) with value = m * 2^e, 1 <= m < 2, of a positive float32, subnormal ones included."""
+        """(m, e) with value = m * 2^e, 1/2 <= m < 1, of a positive float32, subnormal ones included.
+
+        m < 1, so that no product of mantissas and a power of two is infinite, which would make NaN of a sum that is zero.
+        """
         bits = llvm.bitcast(MlirType.i32(), value.ir_value())
         raw = Int32(bits)
         lifted = Int32(llvm.bitcast(MlirType.i32(), (value * 16777216.0).ir_value()))
         small = raw < 0x00800000
         raw = lifted if small else raw
-        exponent = (raw >> 23) - 127
+        exponent = (raw >> 23) - 126
         exponent = exponent - 24 if small else exponent
-        mantissa = (raw & 0x007FFFFF) | 0x3F800000
+        mantissa = (raw & 0x007FFFFF) | 0x3F000000
         return Float32(llvm.bitcast(MlirType.f32(), Int32(mantissa).ir_value())), exponent
 
     @cute.jit
@@ -475,14 +482,13 @@ class DualGemm:
     @cute.jit
     def epilogue(
         self, sums, gate_factors, up_factors, gate_bias, up_bias, flags, alpha, beta, limit, n, row_tile, lane,
-        part: cutlass.Constexpr,
+        start: cutlass.Constexpr, share: cutlass.Constexpr,
     ):  # fmt: skip
-        """Scales, bias and activation in float32 and one rounding, for one share of the tile; two tokens a register.
+        """Scales, bias and activation in float32 and one rounding, for `share` times eight tokens of the tile from 8 `start`
+        on; two tokens a register.
 
         Registers 4 j + p and 4 j + 2 + p are rows g and g + 8 of token 8 j + 2 q + p (PTX ISA, wgmma, matrix D).
         """
-        c = self.config
-        share = cutlass.const_expr(c.tokens // 8 // c.splits)
         each = cutlass.const_expr(1 if self.dual else 2)
         values = cute.make_rmem_tensor((share * each * 2,), self.out_type)
         gate_factor, up_factor = gate_factors[0] * gate_factors[1], up_factors[0] * up_factors[1]
@@ -496,8 +502,8 @@ class DualGemm:
             slope = alpha * -1.4426950408889634  # log2(e)
             for j in cutlass.range_constexpr(share):
                 for p in cutlass.range_constexpr(2):
-                    gate = sums[4 * (part * share + j) + p] * gate_factor
-                    up = sums[4 * (part * share + j) + 2 + p] * up_factor
+                    gate = sums[4 * (start + j) + p] * gate_factor
+                    up = sums[4 * (start + j) + 2 + p] * up_factor
                     if cutlass.const_expr(self.dual):
                         sigmoid = cute.arch.rcp_approx(1.0 + cute.arch.exp2(gate * slope))
                         values[2 * j + p] = (gate * sigmoid * up).to(self.out_type)
@@ -508,8 +514,8 @@ class DualGemm:
             gate_extra, up_extra = self.biases(gate_bias, up_bias, flags, n, row_tile, lane)
             for j in cutlass.range_constexpr(share):
                 for p in cutlass.range_constexpr(2):
-                    gate = sums[4 * (part * share + j) + p] * gate_factors[0] * gate_factors[1] + gate_extra
-                    up = sums[4 * (part * share + j) + 2 + p] * up_factors[0] * up_factors[1] + up_extra
+                    gate = sums[4 * (start + j) + p] * gate_factors[0] * gate_factors[1] + gate_extra
+                    up = sums[4 * (start + j) + 2 + p] * up_factors[0] * up_factors[1] + up_extra
                     if cutlass.const_expr(self.dual):
                         values[2 * j + p] = self.activate(gate, up, flags, alpha, beta, limit).to(self.out_type)
                     else:
@@ -546,18 +552,13 @@ class DualGemm:
         return gate * up if (flags & IDENTITY) != 0 else value
 
     @cute.jit
-    def store(self, values, out, staging, row, first_token, row_tile, lane):
-        """Transpose through shared memory, one warpgroup for itself, and store 16 bytes a thread within [m, n]."""
-        c = self.config
+    def store(self, values, out, staging, row, first_token, row_tile, lane, count: cutlass.Constexpr):
+        """Transpose `count` tokens through shared memory, one warpgroup for itself; 16 bytes a thread within [m, n]."""
         columns = cutlass.const_expr(32 if self.dual else 64)
-        pitch = cutlass.const_expr(c.staging_pitch(self.dual))
-        count = cutlass.const_expr(c.tokens // c.splits)
+        pitch = cutlass.const_expr(self.config.staging_pitch(self.dual))
         words = cute.recast_tensor(values, Uint32)
         matrices = cutlass.const_expr(cute.size(words))  # 8 x 8: all tokens of 8 columns, for one matrix those of 8 more
         base = staging + row * (count * pitch)
-        if cutlass.const_expr(c.k_groups == 1 and c.splits == 1):
-            # the tokens' memory is free once no product reads it any more
-            cute.arch.barrier(barrier_id=1, number_of_threads=c.consumers * WARPGROUP)
         w, in_warp = lane // 32, lane % 32
         batch = cutlass.const_expr(min(4, matrices))
         mine = in_warp // 8 % batch

@@ -118,6 +118,8 @@ def _decoded(x: NVFP4Tensor, index: int) -> Tensor:
     if x.is_swizzled and x.ndim > 2:  # the kernel knows swizzled scales of one matrix
         x = x.to_linear()
     codes, scales = x.codes, x.block_scale
+    if x.has_aligned_rows:
+        codes = codes.contiguous()  # without the padding that `quantize` leaves between rows for Blackwell
     kernel, words = decoder(), codes.numel() // 4
     plain = codes.is_contiguous() and scales.is_contiguous() and codes.data_ptr() % 4 == 0
     large = max(4 * words, scales.numel()) >= _INDICES
