@@ -242,8 +242,8 @@ class Kernel:
         except IndexError:
             return self._frame(address, columns, row_bytes)
 
-    def run(self, device: int, frame: _Frame) -> None:
-        """Launch what `frame` says, which is given back."""
+    def run(self, device: int, frame: Any, frames: list[Any] | None = None) -> None:
+        """Launch what `frame` says, which is given back: to `frames`, of those that are not made here."""
         if _C._cuda_getDevice() == device:
             status = self._launch(frame.config, self.handle, frame.pointers, None)
         else:
@@ -253,7 +253,7 @@ class Kernel:
             with _on(device):
                 _bind(device)
                 status = self._launch(frame.config, self.handle, frame.pointers, None)
-        self.frames.append(frame)
+        (self.frames if frames is None else frames).append(frame)
         if status:
             _check(status, "cuLaunchKernelEx")
 
