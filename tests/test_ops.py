@@ -11,7 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import glu4
-from glu4 import SILU, GatedWeights, NVFP4Tensor, dual_gemm, grouped_dual_gemm, linear, quantize, reference
+from glu4 import (
+    SILU,
+    GatedWeights,
+    LinearWeight,
+    NVFP4Tensor,
+    dual_gemm,
+    group_gemm,
+    grouped_dual_gemm,
+    grouped_linear,
+    linear,
+    quantize,
+    reference,
+)
 from operands import full_range
 
 OFFSETS = torch.tensor([0, 2, 2, 7], dtype=torch.int32)
@@ -62,8 +74,9 @@ def test_opcheck(quantized: bool) -> None:
         (torch.ops.glu4.linear, (out, xs, parts(w.gate), None, bias, "portable")),
         (
             torch.ops.glu4.grouped_dual_gemm,
-            (out, xs, parts(stacked.gate), parts(stacked.up), OFFSETS, None, None, *SILU_ARGS),
+            (out, xs, parts(stacked.gate), parts(stacked.up), OFFSETS, None, None, *SILU_ARGS[:2], True, "portable"),
         ),
+        (torch.ops.glu4.grouped_linear, (out, xs, parts(stacked.up), OFFSETS, torch.randn(3, 24), False, "portable")),
     ]
     for op, args in calls:
         results = torch.library.opcheck(op, args)
@@ -98,7 +111,8 @@ def test_nvfp4_activations_and_experts_compile_to_one_graph(backend: str) -> Non
 
     def both(x: NVFP4Tensor, w: GatedWeights, stacked: GatedWeights, offsets: torch.Tensor) -> list[torch.Tensor]:
         out = torch.zeros(7, 24, dtype=torch.float16)
-        return [dual_gemm(x, w), grouped_dual_gemm(x, stacked, offsets), grouped_dual_gemm(x, stacked, offsets, out=out)]
+        dense, plain = dual_gemm(x, w), grouped_linear(x, stacked.up, offsets)
+        return [dense, plain, grouped_dual_gemm(x, stacked, offsets), grouped_dual_gemm(x, stacked, offsets, out=out)]
 
     got = torch.compile(both, fullgraph=True, backend=backend)(x, w, stacked, OFFSETS)
     assert all(torch.equal(a, b) for a, b in zip(got, both(x, w, stacked, OFFSETS), strict=True))
@@ -217,6 +231,7 @@ def test_a_call_reads_no_value_on_the_host(monkeypatch: pytest.MonkeyPatch) -> N
         linear(operand, w.gate)
     # the portable grouped operator must read the offsets; what is before it, on any device, reads nothing
     assert grouped_dual_gemm(x.to("meta"), stacked, OFFSETS.to("meta")).shape == (5, 24)
+    assert grouped_linear(x.to("meta"), stacked.up, OFFSETS.to("meta")).shape == (5, 24)
 
 
 def test_bias_and_activations() -> None:
@@ -241,6 +256,51 @@ def test_output_types() -> None:
     assert dual_gemm(quantize(x), w).dtype == torch.bfloat16
     assert dual_gemm(quantize(x), w, out=torch.empty(3, 24).half()).dtype == torch.float16
     assert dual_gemm(x, w, out_dtype=torch.float32).dtype == torch.float32
+
+
+# ---- groups ----
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    sizes=st.lists(st.integers(0, 9), max_size=5),
+    n=st.integers(1, 40),
+    blocks=st.integers(1, 5),
+    quantized=st.booleans(),
+    bias=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_grouped_linear_of_any_sizes(seed: int, sizes: list[int], n: int, blocks: int, quantized: bool, bias: bool) -> None:
+    rows, k = sum(sizes) + 2, 16 * blocks
+    x, weight = halves(seed, rows, k), pair(seed + 1, len(sizes), n, k).up
+    operand = quantize(x) if quantized else x
+    offsets = torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()], dtype=torch.int32)
+    added = torch.randn(len(sizes), n, generator=torch.Generator().manual_seed(seed)) if bias else None
+    out = torch.full((rows, n), 7.0).half()
+    assert grouped_linear(operand, LinearWeight(weight), offsets, bias=added, out=out) is out
+    expected = reference.grouped_linear(operand, weight, offsets, bias=added)
+    if expected.numel():
+        assert_within_one_ulp(out[: offsets[-1]], expected)
+    assert (out[offsets[-1] :] == 7).all()
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    sizes=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 24), st.integers(1, 5)), max_size=4),
+    quantized=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_group_gemm_of_groups_of_any_size(seed: int, sizes: list[tuple[int, int, int]], quantized: bool) -> None:
+    floats = [halves(seed + g, m, 16 * b) for g, (m, _, b) in enumerate(sizes)]
+    xs = [quantize(x) if quantized else x for x in floats]
+    weights = [quantize(halves(seed + 10 + g, n, 16 * b).float()) for g, (_, n, b) in enumerate(sizes)]
+    expected = reference.group_gemm(list(zip(xs, weights, strict=True)))
+    out = [torch.full((m, n), 7.0).half() for m, n, _ in sizes]
+    got = group_gemm(xs, [LinearWeight(w) if g % 2 else w for g, w in enumerate(weights)], out=out)
+    assert all(a is b for a, b in zip(got, out, strict=True))
+    for result, right in zip(got, expected, strict=True):
+        if right.numel():
+            assert_within_one_ulp(result, right)
 
 
 # ---- refusals ----
@@ -304,6 +364,21 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     ),
     (lambda: linear(X, W.gate.codes), TypeError, "weight: expected an NVFP4Tensor, got Tensor"),  # type: ignore[arg-type]
     (lambda: grouped_dual_gemm(X, W, OFFSETS), ValueError, r"gate, up: expected stacked \[E, N, K\]"),
+    (lambda: grouped_linear(X, W.gate, OFFSETS), ValueError, r"weight: expected stacked \[E, N, K\], got shape \[24, 64\]"),
+    (
+        lambda: grouped_linear(X[:, :48], pair(1, 3, 24, 64).up, OFFSETS),
+        ValueError,
+        "x has K = 48 and weight has K = 64: they must be equal",
+    ),
+    (
+        lambda: grouped_linear(X, pair(1, 3, 24, 64).up, OFFSETS, bias=torch.zeros(24)),
+        ValueError,
+        r"bias: expected shape \[3, 24\], got \[24\]",
+    ),
+    (lambda: group_gemm([X, X], [W.gate]), ValueError, "weights: expected an entry for each of the 2 groups of x, got 1"),
+    (lambda: group_gemm(X, [W.gate]), TypeError, "x: expected a list with an entry a group, got Tensor"),  # type: ignore[arg-type]
+    (lambda: group_gemm([X, X[:, :48]], [W.gate, W.up]), ValueError, "group 1: x has K = 48 and weight has K = 64"),
+    (lambda: group_gemm([X], [W.gate], out=[torch.empty(5, 25).half()]), ValueError, r"group 0: out: expected shape \[5, 24\]"),
     (
         lambda: grouped_dual_gemm(X, pair(1, 3, 24, 64), OFFSETS.long()),
         ValueError,
@@ -365,7 +440,7 @@ def test_fuzzed_group_offsets_give_the_right_result_or_one_clear_error(
     given_offsets = torch.tensor(offsets, dtype=dtype)
     out = torch.full((rows, 8), 7.0).half()
     try:
-        grouped_dual_gemm(operand, w, given_offsets, out=out)
+        grouped_dual_gemm(operand, w, given_offsets, out=out, check_offsets=True)
     except ValueError as error:
         assert str(error).startswith("group_offsets: expected")
         in_order = offsets == sorted(offsets) and offsets[:1] == [0] and offsets[-1] <= rows

@@ -8,6 +8,7 @@ so that torch.compile and torch.export see through them. An eager call of plain 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,14 +18,16 @@ from torch import Tensor
 from glu4 import dispatch
 from glu4.activation import SILU, Activation
 from glu4.backends import portable
+from glu4.backends.blackwell import launch as blackwell
 from glu4.backends.hopper import launch as hopper
 from glu4.backends.hopper.pack import UNIT_WORDS
 from glu4.eager import ordinary, unwatched
+from glu4.errors import UnsupportedError
 from glu4.nvfp4 import NVFP4Tensor, _unchecked
-from glu4.problem import check_dense, check_grouped, dense_problem, grouped_problem
+from glu4.problem import check_dense, check_grouped, check_offsets, dense_problem, grouped_problem
 from glu4.weights import GatedWeights, LinearWeight, outline, pack, unpack
 
-__all__ = ["dual_gemm", "grouped_dual_gemm", "linear"]
+__all__ = ["dual_gemm", "group_gemm", "grouped_dual_gemm", "grouped_linear", "linear"]
 
 Operand = Tensor | NVFP4Tensor
 
@@ -88,14 +91,22 @@ def _dense(
     first = outline(out.shape[-1], x.shape[-1], scales[0]) if matrices is None else matrices[0]
     dual, has_bias = len(weights) == 2, biases != (None, None)
     problem = dense_problem(x, first, dual=dual, activation=activation, out_dtype=out.dtype, has_bias=has_bias)
-    if dispatch.select(problem, out.device, backend) == "hopper":
+    chosen = dispatch.select(problem, out.device, backend)
+    target = out if chosen == "portable" or out.ndim == x.ndim else out.view(*x.shape[:-1], -1)
+    if chosen == "blackwell":
+        assert isinstance(x, NVFP4Tensor)
+        assert matrices is not None, "weights are packed on Hopper GPUs alone"
+        if not all(map(blackwell.is_prepared, matrices)):
+            dispatch.warn_once(_PACKED_EACH_CALL)
+        blackwell.dense(target, x, matrices, biases, activation, problem)
+        return
+    if chosen == "hopper":
         if packed is None:
             assert matrices is not None
             ready = pack(matrices)
             dispatch.warn_once(_PACKED_EACH_CALL)
         else:
             ready = _whole(packed)
-        target = out if out.ndim == x.ndim else out.view(*x.shape[:-1], -1)
         hopper.dense(target, x, ready, scales, biases, activation, problem, overlap=ready is packed)
         return
     if matrices is None:
@@ -139,14 +150,40 @@ def _run_grouped_dual_gemm(
     up_bias: Tensor | None,
     activation: str,
     constants: list[float],
+    check: bool,
     backend: str,
 ) -> None:
     act = Activation(activation, *constants)
     operand, gate_matrix, up_matrix = _operand(x), _nvfp4(gate), _nvfp4(up)
     has_bias = gate_bias is not None or up_bias is not None
     problem = grouped_problem(operand, gate_matrix, activation=act, out_dtype=out.dtype, has_bias=has_bias)
+    _debug_offsets(group_offsets, operand.shape[0], check)
     dispatch.select(problem, out.device, backend or None)
     portable.grouped(out, operand, gate_matrix, up_matrix, group_offsets, gate_bias, up_bias, act)
+
+
+def _run_grouped_linear(
+    out: Tensor, x: list[Tensor], weight: list[Tensor], group_offsets: Tensor, bias: Tensor | None, check: bool, backend: str
+) -> None:
+    operand, matrix = _operand(x), _nvfp4(weight)
+    has_bias = bias is not None
+    problem = grouped_problem(operand, matrix, dual=False, activation=SILU, out_dtype=out.dtype, has_bias=has_bias)
+    _debug_offsets(group_offsets, operand.shape[0], check)
+    dispatch.select(problem, out.device, backend or None)
+    portable.grouped(out, operand, matrix, None, group_offsets, bias, None, SILU)
+
+
+def _debug_offsets(group_offsets: Tensor, rows: int, asked: bool) -> None:
+    """Check offsets where the caller or GLU4_DEBUG asks for it: when the operator runs, so in compiled graphs too."""
+    if not asked and os.environ.get("GLU4_DEBUG", "0") in ("", "0"):
+        return
+    if group_offsets.is_meta:
+        return
+    if group_offsets.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if asked:
+            raise UnsupportedError("check_offsets: the offsets cannot be read while a CUDA graph is captured; leave it out")
+        return
+    check_offsets(group_offsets, rows)
 
 
 def _fills_out(*_: object) -> None:
@@ -156,8 +193,9 @@ def _fills_out(*_: object) -> None:
 _dual_gemm = torch.library.custom_op("glu4::dual_gemm", _run_dual_gemm, mutates_args=("out",))
 _linear = torch.library.custom_op("glu4::linear", _run_linear, mutates_args=("out",))
 _grouped_dual_gemm = torch.library.custom_op("glu4::grouped_dual_gemm", _run_grouped_dual_gemm, mutates_args=("out",))
+_grouped_linear = torch.library.custom_op("glu4::grouped_linear", _run_grouped_linear, mutates_args=("out",))
 
-for _operator in (_dual_gemm, _linear, _grouped_dual_gemm):
+for _operator in (_dual_gemm, _linear, _grouped_dual_gemm, _grouped_linear):
     _operator.register_fake(_fills_out)
 
 
@@ -196,13 +234,18 @@ def _held(weights: GatedWeights | LinearWeight) -> list[list[Tensor]]:
 
 
 def _prepared(weights: GatedWeights | LinearWeight, x: Operand, dtype: torch.dtype, backend: str | None) -> None:
-    """Pack weights that reach a Hopper kernel for the first time and were not prepared, and remember that."""
-    if weights.packed is not None or backend == "portable" or not (unwatched() and hopper.is_hopper(x.device)):
+    """Bring weights that reach a kernel for the first time and were not prepared into its form, and remember that."""
+    if weights.packed is not None or weights.direct is not None or backend == "portable" or not unwatched():
+        return
+    if not (hopper.is_hopper(x.device) or blackwell.is_blackwell(x.device)):
         return
     dual = isinstance(weights, GatedWeights)
     problem = dense_problem(x, weights.outlines[0], dual=dual, activation=SILU, out_dtype=dtype, has_bias=False)
-    if dispatch.select(problem, x.device, backend) == "hopper":
+    chosen = dispatch.select(problem, x.device, backend)
+    if chosen == "hopper":
         weights.remember_packed()
+    elif chosen == "blackwell":
+        weights.remember_arranged()
 
 
 def _split(weights: GatedWeights | tuple[NVFP4Tensor, NVFP4Tensor]) -> GatedWeights:
@@ -259,8 +302,8 @@ def dual_gemm(
     Only metadata is checked, so nothing synchronises. Raises TypeError or ValueError naming the argument; UnsupportedError
     when the backend asked for cannot run. There is no backward pass: an x that requires grad is a ValueError.
 
-    On a Hopper GPU prepared weights are fastest. GatedWeights that were not prepared are packed by their first call, which
-    synchronises, and keep the packed form too; a (gate, up) tuple is packed again by each call, with one warning.
+    On a Hopper or Blackwell GPU prepared weights are fastest. GatedWeights that were not prepared are brought into their kernel's
+    form by the first call, which synchronises, and keep it; a (gate, up) tuple is brought there by each call, with one warning.
     """
     if not torch.compiler.is_compiling() and type(weights) is GatedWeights and (direct := weights.direct) is not None:
         done = direct(x, (weights.gate_bias, weights.up_bias), activation, out_dtype, out, backend)
@@ -328,22 +371,25 @@ def grouped_dual_gemm(
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
+    check_offsets: bool = False,
 ) -> Tensor:
     """A mixture of experts: rows group_offsets[e] to group_offsets[e + 1] of x by expert e, `[rows, N]`.
 
     x              NVFP4Tensor with linear block scales and one global scale, or float, `[rows, K]`, sorted by expert
     weights        stacked gate and up `[E, N, K]`, each expert with its own global scales
     group_offsets  int32 `[E + 1]` on x's device: 0 first, non-decreasing; equal neighbours make an empty expert
+    check_offsets  read the offsets and raise ValueError where they are not so; this synchronises. The environment
+                   variable GLU4_DEBUG=1 does the same for every call outside the capture of a CUDA graph
 
     Rows from group_offsets[E] on are left untouched: in a given `out` they keep what they held, in a new one they are
-    uninitialised. Other arguments and errors as for `dual_gemm`; the portable backend raises ValueError for offsets that
-    are not as stated.
+    uninitialised. Offsets that are not as stated and not checked give wrong rows, but no access outside x and `out`. Other
+    arguments and errors as for `dual_gemm`.
     """
     w = _split(weights)
     biases = {"gate_bias": w.gate_bias, "up_bias": w.up_bias}
-    gate, up = w.outlines
-    dtype = check_grouped(x, gate, up, group_offsets, biases=biases, activation=activation, out_dtype=out_dtype, out=out)
-    target = _target(x, gate.rows, False, dtype, out)
+    named = dict(zip(("gate", "up"), w.outlines, strict=True))
+    dtype = check_grouped(x, named, group_offsets, biases=biases, activation=activation, out_dtype=out_dtype, out=out)
+    target = _target(x, w.shape[-2], False, dtype, out)
     _call(
         _grouped_dual_gemm,
         _run_grouped_dual_gemm,
@@ -355,6 +401,64 @@ def grouped_dual_gemm(
         w.up_bias,
         activation.kind,
         _constants(activation),
+        check_offsets,
         backend or "",
     )
     return _result(x, target, out)
+
+
+def grouped_linear(
+    x: Operand,
+    weight: NVFP4Tensor | LinearWeight,
+    group_offsets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+    check_offsets: bool = False,
+) -> Tensor:
+    """One NVFP4 matrix an expert, for down projections: rows group_offsets[e] to group_offsets[e + 1] of x times weight[e]^T,
+    plus bias[e], `[rows, N]`.
+
+    weight `[E, N, K]`, each expert with its own global scale; bias `[E, N]`. Everything else as for `grouped_dual_gemm`.
+    """
+    matrix = weight.originals()[0] if isinstance(weight, LinearWeight) else weight
+    dtype = check_grouped(x, {"weight": matrix}, group_offsets, biases={"bias": bias}, out_dtype=out_dtype, out=out)
+    target = _target(x, matrix.rows, False, dtype, out)
+    args = (_rows_of(x, False), _parts(matrix), group_offsets, bias, check_offsets, backend or "")
+    _call(_grouped_linear, _run_grouped_linear, target, *args)
+    return _result(x, target, out)
+
+
+def group_gemm(
+    x: Sequence[Operand],
+    weights: Sequence[NVFP4Tensor | LinearWeight],
+    *,
+    out_dtype: torch.dtype | None = None,
+    out: Sequence[Tensor] | None = None,
+    backend: str | None = None,
+) -> list[Tensor]:
+    """x[g] @ weights[g]^T for every group g, each with its own M, N and K: a list of `[M, N]`.
+
+    x        of each group an NVFP4Tensor or float `[M, K]`, with a global scale of its own
+    weights  of each group an NVFP4Tensor or LinearWeight `[N, K]`; prepared LinearWeights are fastest on a Hopper GPU
+    out      of each group what is filled and returned, when given
+
+    Sizes are known on the host, unlike those of `grouped_linear`; each group is a `linear` of its own, one launch after the
+    other. Raises what `linear` raises, naming the group, and ValueError for lists of different lengths.
+    """
+    lists = {"x": x, "weights": weights} | ({} if out is None else {"out": out})
+    for name, value in lists.items():
+        if isinstance(value, (Tensor, NVFP4Tensor, LinearWeight)) or not isinstance(value, Sequence):
+            raise TypeError(f"{name}: expected a list with an entry a group, got {type(value).__name__}")
+        if len(value) != len(x):
+            raise ValueError(f"{name}: expected an entry for each of the {len(x)} groups of x, got {len(value)}")
+    results = []
+    for g, (tokens, weight) in enumerate(zip(x, weights, strict=True)):
+        target = None if out is None else out[g]
+        try:
+            results.append(linear(tokens, weight, out_dtype=out_dtype, out=target, backend=backend))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"group {g}: {error}") from error
+    return results

@@ -1,10 +1,12 @@
 """What is to be computed: shapes, formats, activation; every validation of a call, and its flops and bytes.
 
-A call is validated once, here. Only metadata is looked at, so nothing synchronises with a device.
+A call is validated once, here. Only metadata is looked at, so nothing synchronises with a device; `check_offsets`, which reads
+values, runs where that is asked for.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +16,15 @@ from torch import Tensor
 from glu4.activation import SILU, Activation
 from glu4.nvfp4 import BLOCK, NVFP4Tensor
 
-__all__ = ["GroupedProblem", "Problem", "check_dense", "check_grouped", "dense_problem", "grouped_problem"]
+__all__ = [
+    "GroupedProblem",
+    "Problem",
+    "check_dense",
+    "check_grouped",
+    "check_offsets",
+    "dense_problem",
+    "grouped_problem",
+]
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -88,6 +98,8 @@ class Problem:
 class GroupedProblem:
     """One mixture-of-experts call: `rows` tokens sorted by expert, stacked weights `[experts, n, k]`.
 
+    operation  "grouped_dual_gemm" (gate and up, activation) or "grouped_linear" (one matrix an expert)
+
     How the rows are spread over experts lives on the device and is not part of the problem.
     """
 
@@ -99,15 +111,19 @@ class GroupedProblem:
     out_dtype: torch.dtype = torch.float16
     activation: Activation = SILU
     has_bias: bool = False
+    operation: str = "grouped_dual_gemm"
 
     def __post_init__(self) -> None:
+        if self.operation not in ("grouped_dual_gemm", "grouped_linear"):
+            raise ValueError(f"operation: expected grouped_dual_gemm or grouped_linear, got {self.operation!r}")
         if min(self.rows, self.experts, self.n) < 0:
             raise ValueError(f"rows, experts, n: expected non-negative sizes, got {self.rows}, {self.experts}, {self.n}")
         _check_formats(self.k, self.x_format, self.out_dtype)
 
     @property
-    def operation(self) -> str:
-        return "grouped_dual_gemm"
+    def weight_matrices(self) -> int:
+        """2 for gate and up, 1 for grouped_linear."""
+        return 2 if self.operation == "grouped_dual_gemm" else 1
 
     @property
     def out_shape(self) -> tuple[int, int]:
@@ -116,13 +132,14 @@ class GroupedProblem:
     @property
     def flops(self) -> int:
         """Multiplies and adds when every row belongs to an expert."""
-        return 4 * self.rows * self.n * self.k
+        return 2 * self.weight_matrices * self.rows * self.n * self.k
 
     @property
     def bytes(self) -> int:
         """Bytes that must move when every expert has at least one token."""
         x = _nvfp4_bytes(self.rows, self.k) if self.x_format == "nvfp4" else self.rows * self.k * _itemsize(self.x_format)
-        return x + self.experts * 2 * _nvfp4_bytes(self.n, self.k) + self.rows * self.n * self.out_dtype.itemsize
+        weights = self.experts * self.weight_matrices * _nvfp4_bytes(self.n, self.k)
+        return x + weights + self.rows * self.n * self.out_dtype.itemsize
 
 
 def _itemsize(x_format: str) -> int:
@@ -287,8 +304,7 @@ def dense_problem(
 
 def check_grouped(
     x: Tensor | NVFP4Tensor,
-    gate: NVFP4Tensor,
-    up: NVFP4Tensor,
+    weights: dict[str, NVFP4Tensor],
     group_offsets: Tensor,
     *,
     biases: dict[str, Tensor | None],
@@ -298,46 +314,78 @@ def check_grouped(
 ) -> torch.dtype:
     """Validate a mixture-of-experts call; returns the output's dtype.
 
-    The values of `group_offsets` stay on the device and are not looked at.
+    `weights` holds gate and up (grouped_dual_gemm) or weight (grouped_linear), by argument name. The values of
+    `group_offsets` stay on the device and are not looked at.
     """
     _check_x(x)
-    _check_weights(("gate", "up"), (gate, up))
-    if gate.ndim != 3:
-        raise ValueError(f"gate, up: expected stacked [E, N, K], got shape {list(gate.shape)}")
+    _check_weights(list(weights), list(weights.values()))
+    first_name, first = next(iter(weights.items()))
+    if first.ndim != 3:
+        raise ValueError(f"{', '.join(weights)}: expected stacked [E, N, K], got shape {list(first.shape)}")
     if x.ndim != 2:
         raise ValueError(f"x: expected [rows, K], sorted by expert, got shape {list(x.shape)}")
-    if x.shape[-1] != gate.k:
-        raise ValueError(f"x has K = {x.shape[-1]} and gate has K = {gate.k}: they must be equal")
+    if x.shape[-1] != first.k:
+        raise ValueError(f"x has K = {x.shape[-1]} and {first_name} has K = {first.k}: they must be equal")
     if isinstance(x, NVFP4Tensor) and x.is_swizzled:
         raise ValueError("x: grouped activations need linear block scales, got swizzled ones; use x.to_linear()")
-    experts = gate.shape[0]
+    experts = first.shape[0]
     _check_tensor("group_offsets", group_offsets)
     if group_offsets.dtype != torch.int32 or tuple(group_offsets.shape) != (experts + 1,):
         raise ValueError(
             f"group_offsets: expected int32 of shape [{experts + 1}] (experts + 1), "
             f"got {group_offsets.dtype} of shape {list(group_offsets.shape)}"
         )
-    for name, tensor in (("gate", gate), ("up", up), ("group_offsets", group_offsets)):
-        _check_device(name, tensor, x)
+    for name, weight in weights.items():
+        _check_device(name, weight, x)
+    _check_device("group_offsets", group_offsets, x)
     if not isinstance(activation, Activation):
         raise TypeError(f"activation: expected a glu4.Activation such as glu4.SILU, got {activation!r}")
     dtype = _out_dtype(x, out_dtype, out)
-    _check_biases(x, (experts, gate.rows), biases)
-    _check_out(x, out, (x.shape[0], gate.rows), dtype)
+    _check_biases(x, (experts, first.rows), biases)
+    _check_out(x, out, (x.shape[0], first.rows), dtype)
     return dtype
 
 
+def check_offsets(group_offsets: Tensor, rows: int) -> None:
+    """Raise ValueError unless int32 `[E + 1]` offsets start at 0, do not decrease and end within `rows`.
+
+    Reads them on the host, which synchronises with a device.
+    """
+    ends = group_offsets.tolist()
+    wrong = "" if ends[0] == 0 else f"[0] is {ends[0]}"
+    for i, (before, end) in enumerate(itertools.pairwise(ends)):
+        if not wrong and end < before:
+            wrong = f"[{i + 1}] = {end} is below [{i}] = {before}"
+    if not wrong and ends[-1] > rows:
+        wrong = f"[{len(ends) - 1}] is {ends[-1]}"
+    if wrong:
+        raise ValueError(
+            f"group_offsets: expected 0 first, non-decreasing, at most {rows} (rows of x), got {_some(ends)}: {wrong}"
+        )
+
+
+def _some(values: list[int]) -> str:
+    return str(values if len(values) <= 8 else [*values[:4], "...", *values[-3:]]).replace("'", "")
+
+
 def grouped_problem(
-    x: Tensor | NVFP4Tensor, gate: NVFP4Tensor, *, activation: Activation, out_dtype: torch.dtype, has_bias: bool
+    x: Tensor | NVFP4Tensor,
+    weight: NVFP4Tensor,
+    *,
+    dual: bool = True,
+    activation: Activation,
+    out_dtype: torch.dtype,
+    has_bias: bool,
 ) -> GroupedProblem:
     """The GroupedProblem of a call that has been checked."""
     return GroupedProblem(
         rows=x.shape[0],
-        experts=gate.shape[0],
-        n=gate.rows,
-        k=gate.k,
+        experts=weight.shape[0],
+        n=weight.rows,
+        k=weight.k,
         x_format="nvfp4" if isinstance(x, NVFP4Tensor) else _NAMES[x.dtype],
         out_dtype=out_dtype,
         activation=activation,
         has_bias=has_bias,
+        operation="grouped_dual_gemm" if dual else "grouped_linear",
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from glu4.activation import SILU, Activation
 from glu4.nvfp4 import NVFP4Tensor
 
-__all__ = ["dual_gemm", "group_gemm", "grouped_dual_gemm", "linear", "preactivation", "round_once"]
+__all__ = ["dual_gemm", "group_gemm", "grouped_dual_gemm", "grouped_linear", "linear", "preactivation", "round_once"]
 
 Operand = Tensor | NVFP4Tensor
 
@@ -86,6 +86,22 @@ def grouped_dual_gemm(
             "up_bias": None if up_bias is None else up_bias[e],
         }
         parts.append(dual_gemm(rows, gate[e], up[e], activation=activation, out_dtype=out_dtype, **bias))
+    return torch.cat(parts)
+
+
+def grouped_linear(
+    x: Operand,
+    weight: NVFP4Tensor,
+    group_offsets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+) -> Tensor:
+    """As `grouped_dual_gemm`, with one matrix an expert and no activation."""
+    parts = [torch.empty(0, weight.rows, dtype=out_dtype, device=group_offsets.device)]
+    for e, (start, end) in enumerate(itertools.pairwise(group_offsets.tolist())):
+        rows = x.narrow_rows(start, end - start) if isinstance(x, NVFP4Tensor) else x[start:end]
+        parts.append(linear(rows, weight[e], bias=None if bias is None else bias[e], out_dtype=out_dtype))
     return torch.cat(parts)
 
 

@@ -8,7 +8,18 @@ import sys
 import pytest
 import torch
 
-from glu4 import IDENTITY, SILU, NVFP4Tensor, dual_gemm, grouped_dual_gemm, linear, quantize, reference, swiglu_oai
+from glu4 import (
+    IDENTITY,
+    SILU,
+    NVFP4Tensor,
+    dual_gemm,
+    grouped_dual_gemm,
+    grouped_linear,
+    linear,
+    quantize,
+    reference,
+    swiglu_oai,
+)
 from glu4.backends import portable
 from operands import full_range
 
@@ -159,11 +170,50 @@ def test_grouped_ragged_and_empty_experts(kind: str) -> None:
     assert ((out[:43].double() - expected).abs() <= one_ulp).all()
 
 
-@pytest.mark.parametrize("bad", [[1, 5, 9], [0, 6, 5], [0, 5, 51], [0, -1, 5]])
-def test_offsets_that_are_not_as_stated(bad: list[int]) -> None:
+BAD_OFFSETS = {
+    (1, 5, 9): r"\[1, 5, 9\]: \[0\] is 1",
+    (0, 6, 5): r"\[0, 6, 5\]: \[2\] = 5 is below \[1\] = 6",
+    (0, 5, 51): r"\[0, 5, 51\]: \[2\] is 51",
+    (0, -1, 5): r"\[1\] = -1 is below \[0\] = 0",
+    (0, 2**31 - 1, -(2**31)): r"\[2\] = -2147483648 is below \[1\] = 2147483647",
+}
+
+
+@pytest.mark.parametrize("by_variable", [False, True])
+@pytest.mark.parametrize("bad", BAD_OFFSETS)
+def test_wrong_offsets_are_an_error_where_they_are_checked(
+    bad: tuple[int, ...], by_variable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, up, x = full_range(1, 2, 40, 96), full_range(2, 2, 40, 96), torch.zeros(50, 96).half()
+    offsets = torch.tensor(bad, dtype=torch.int32)
+    if by_variable:
+        monkeypatch.setenv("GLU4_DEBUG", "1")
+    match = "group_offsets: expected 0 first, non-decreasing, at most 50 .rows of x., got .*" + BAD_OFFSETS[bad]
+    with pytest.raises(ValueError, match=match):
+        grouped_dual_gemm(x, (gate, up), offsets, check_offsets=not by_variable)
+    with pytest.raises(ValueError, match=match):
+        grouped_linear(x, gate, offsets, check_offsets=not by_variable)
+    monkeypatch.setenv("GLU4_DEBUG", "0")
+    grouped_dual_gemm(x, (gate, up), offsets)
+
+
+@pytest.mark.parametrize("bad", BAD_OFFSETS)
+@pytest.mark.parametrize("kind", ["nvfp4", "float"])
+def test_wrong_offsets_reach_no_row_beyond_the_tensors(bad: tuple[int, ...], kind: str) -> None:
+    """x and out are the middle of larger tensors whose other rows must be neither read (NaN would show) nor written."""
     gate, up = full_range(1, 2, 40, 96), full_range(2, 2, 40, 96)
-    with pytest.raises(ValueError, match="group_offsets: expected 0 first, non-decreasing, at most 50"):
-        grouped_dual_gemm(torch.zeros(50, 96).half(), (gate, up), torch.tensor(bad, dtype=torch.int32))
+    whole = torch.full((90, 96), torch.nan).half()
+    whole[20:70] = torch.randn(50, 96, generator=torch.Generator().manual_seed(4)).half()
+    out = torch.full((90, 40), -7.0)
+    x = quantize(whole, 0.01, nonfinite="propagate").narrow_rows(20, 50) if kind == "nvfp4" else whole[20:70]
+    grouped_dual_gemm(x, (gate, up), torch.tensor(bad, dtype=torch.int32), out=out[20:70])
+    start, middle, end = (min(max(e, 0), 50) for e in bad)
+    written = torch.zeros(90, dtype=torch.bool)
+    for a, b in ((start, middle), (middle, end)):
+        written[20 + a : 20 + max(a, b)] = True
+    assert (out[~written] == -7.0).all()
+    assert (out[written] != -7.0).all()
+    assert out.isfinite().all()
 
 
 @pytest.mark.gpu

@@ -40,7 +40,7 @@ def test_random_cases_are_usable_and_half_are_active() -> None:
             assert bool(((case.up.global_scale / case.gate.global_scale - 1).abs() > 0.05).all())
         if case.group_offsets is not None:
             assert int(case.group_offsets[-1]) == case.x.shape[0]
-    assert len(shapes) == 8  # dense, batched, grouped, linear; each W4A4 and W4A16
+    assert len(shapes) == 10  # dense, batched, grouped, linear, grouped linear; each W4A4 and W4A16
 
 
 def test_cases_are_the_same_for_the_same_seed() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from glu4 import IDENTITY, NVFP4Tensor, clamped_silu, swiglu_oai
+from glu4 import IDENTITY, NVFP4Tensor, clamped_silu, grouped_linear, swiglu_oai
 from glu4.scale_layout import SwizzledLayout
 from glu4.verify import Case, check, full_range_case
 
@@ -423,6 +423,30 @@ def test_experts() -> None:
     assert details(case, out, "wrong expert's global scale") == {"of the previous expert"}
     assert details(case, experts(case, own, own, shift=1), "group offsets shifted") == {"one row late"}
     assert details(case, experts(case, own, own, shift=-1), "group offsets shifted") == {"one row early"}
+
+
+@pytest.mark.parametrize("x_format", ["nvfp4", "float16"])
+def test_a_group_scaled_by_another_ones_scale(x_format: str) -> None:
+    """grouped_linear with one group's, or every group's, global scale taken for another's."""
+    case = full_range_case(47, 30, 48, 256, group_sizes=[9, 0, 12, 2, 7], linear=True, x_format=x_format)
+    assert case.group_offsets is not None
+    g = case.gate.global_scale
+    assert len(g.unique()) == 5
+
+    def run(scale: Tensor) -> Tensor:
+        matrix = NVFP4Tensor(case.gate.codes, case.gate.block_scale, scale)
+        return grouped_linear(case.x, matrix, case.group_offsets, out_dtype=case.out_dtype)
+
+    assert check(case, run(g)).ok
+    assert details(case, run(g.roll(1)), "wrong expert's global scale") == {"of the previous expert"}
+    assert details(case, run(g[0].expand(5)), "wrong expert's global scale") == {"of expert 0"}
+    for e in (0, 2, 3, 4):
+        one = g.clone()
+        one[e] = g[(e + 2) % 5]
+        verdict = check(case, run(one))
+        assert not verdict.ok
+        rows = case.group_offsets.tolist()
+        assert f"rows {rows[e]}..{rows[e + 1] - 1}" in verdict.summary()
 
 
 def test_batch_entry() -> None:

@@ -216,12 +216,12 @@ def _able(case: Case, where: str) -> list[str]:
     from glu4.problem import GroupedProblem, Problem, dense_problem, grouped_problem
 
     has_bias = case.gate_bias is not None or case.up_bias is not None
+    dual = case.up is not None
     if case.group_offsets is not None:
         problem: Problem | GroupedProblem = grouped_problem(
-            case.x, case.gate, activation=case.activation, out_dtype=case.out_dtype, has_bias=has_bias
+            case.x, case.gate, dual=dual, activation=case.activation, out_dtype=case.out_dtype, has_bias=has_bias
         )
     else:
-        dual = case.up is not None
         problem = dense_problem(
             case.x, case.gate, dual=dual, activation=case.activation, out_dtype=case.out_dtype, has_bias=has_bias
         )
@@ -240,6 +240,9 @@ def _run(case: Case, backend: str) -> Any:
         weight = glu4.LinearWeight(case.gate)
         if backend != "portable":
             weight = weight.prepare(case.gate.device)
+        if case.group_offsets is not None:
+            result = glu4.grouped_linear(case.x, weight, case.group_offsets, bias=case.gate_bias, out=out, backend=backend)
+            return result[: case.out_shape[0]]
         return glu4.linear(case.x, weight, bias=case.gate_bias, out=out, backend=backend)
     weights = glu4.GatedWeights(case.gate, case.up, gate_bias=case.gate_bias, up_bias=case.up_bias)
     if backend != "portable":
@@ -252,7 +255,7 @@ def _run(case: Case, backend: str) -> Any:
 
 def _group(case: Case) -> str:
     """What the table counts together: operation, activations, output type."""
-    operation = "linear" if case.up is None else "dual_gemm" if case.group_offsets is None else "grouped_dual_gemm"
+    operation = ("" if case.group_offsets is None else "grouped_") + ("linear" if case.up is None else "dual_gemm")
     x = str(getattr(case.x, "dtype", "nvfp4")).removeprefix("torch.")
     return f"{operation}, {x} -> {str(case.out_dtype).removeprefix('torch.')}"
 

@@ -41,7 +41,7 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One call of dual_gemm, grouped_dual_gemm (`group_offsets` given) or linear (`up` None, `gate` the matrix).
+    """One call of dual_gemm or linear (`up` None, `gate` the matrix), or of their grouped forms (`group_offsets` given).
 
     x              NVFP4Tensor, or float16, bfloat16 or float32 `[..., M, K]`; grouped `[rows, K]`
     gate, up       NVFP4Tensor `[N, K]`, `[L, N, K]` or, grouped, `[E, N, K]`

@@ -176,8 +176,8 @@ def full_range_case(
     Draws until 95 % of the outputs are finite and non-zero and the gate is as asked; RuntimeError if 200 draws do not
     give that. ValueError for sizes that do not fit together.
     """
-    if group_sizes is not None and (sum(group_sizes) != m or batch is not None or linear):
-        raise ValueError(f"group_sizes: expected sizes that sum to m = {m}, without batch or linear, got {list(group_sizes)}")
+    if group_sizes is not None and (sum(group_sizes) != m or batch is not None):
+        raise ValueError(f"group_sizes: expected sizes that sum to m = {m}, without batch, got {list(group_sizes)}")
     if min(m, n) < 0 or k <= 0 or k % BLOCK:
         raise ValueError(f"m, n, k: expected non-negative m and n and a positive k that {BLOCK} divides, got {m}, {n}, {k}")
     if unit_global_scale and x_format != "nvfp4":
@@ -216,7 +216,8 @@ def _usable(case: Case, active: bool) -> bool:
 
 
 def random_cases(seed: int, count: int) -> Iterator[Case]:
-    """`count` small random cases of every kind: dense, batched, grouped, linear; W4A4 and W4A16; biases; all activations.
+    """`count` small random cases of every kind: dense, batched, grouped, linear, grouped linear; W4A4 and W4A16; biases; all
+    activations.
 
     Every other one has the gate's standard deviation in 0.5 to 4.
     """
@@ -236,7 +237,7 @@ def random_cases(seed: int, count: int) -> Iterator[Case]:
             x_format=("nvfp4", "nvfp4", "float16", "bfloat16")[draw.integer(0, 4)],
             out_dtype=(torch.float16, torch.bfloat16)[draw.integer(0, 2)],
             activation=activations[draw.integer(0, len(activations))],
-            linear=shape == 3 and draw.integer(0, 2) == 1,
+            linear=(shape == 3 and draw.integer(0, 2) == 1) or (shape == 1 and i % 3 == 0),
             bias=draw.integer(0, 2) == 1,
             active=i % 2 == 0,
         )
