@@ -6,6 +6,7 @@ from glu4.activation import IDENTITY, SILU, Activation, clamped_silu, swiglu_oai
 from glu4.checkpoint import load_gated_weights
 from glu4.dispatch import explain
 from glu4.errors import CheckpointError, UnsupportedError
+from glu4.moe import Routing, moe_combine, moe_gate_up
 from glu4.nvfp4 import NVFP4Tensor, quantize
 from glu4.ops import dual_gemm, group_gemm, grouped_dual_gemm, grouped_linear, linear
 from glu4.problem import GroupedProblem, Problem
@@ -26,6 +27,7 @@ __all__ = [
     "LinearWeight",
     "NVFP4Tensor",
     "Problem",
+    "Routing",
     "UnsupportedError",
     "__version__",
     "clamped_silu",
@@ -36,6 +38,8 @@ __all__ = [
     "grouped_linear",
     "linear",
     "load_gated_weights",
+    "moe_combine",
+    "moe_gate_up",
     "quantize",
     "swiglu_oai",
 ]
