@@ -13,6 +13,7 @@ from glu4.checkpoint.common import CheckpointFormat, Config, Names, Oddity, Sche
 from glu4.checkpoint.files import TensorFiles
 from glu4.checkpoint.gated import GatedSite, find_gated
 from glu4.checkpoint.modules import Modules
+from glu4.checkpoint.stack import Stack, stack_plain
 from glu4.errors import CheckpointError, UnsupportedError
 from glu4.nvfp4 import NibbleOrder, NVFP4Tensor, ScaleSign, _choice
 from glu4.weights import GatedWeights
@@ -326,14 +327,44 @@ class Checkpoint:
             yield pair
 
     def _load_stack(self, site: GatedSite, chosen: list[int]) -> GatedWeights:
-        pairs = list(self._pairs(site, chosen))
+        gate, up = Stack(len(chosen)), Stack(len(chosen))
+        scales: list[Tensor | None] = []
+        biases: tuple[list[Tensor | None], list[Tensor | None]] = ([], [])
+        for pair in self._pairs(site, chosen):
+            gate.add(pair.gate)
+            up.add(pair.up)
+            scales.append(pair.input_scale)
+            biases[0].append(pair.gate_bias)
+            biases[1].append(pair.up_bias)
         return GatedWeights(
-            _stack([p.gate for p in pairs]),
-            _stack([p.up for p in pairs]),
-            self._stack_input_scale(site, chosen, [p.input_scale for p in pairs]),
-            self._stack_bias(site, "gate", [p.gate_bias for p in pairs]),
-            self._stack_bias(site, "up", [p.up_bias for p in pairs]),
+            gate.matrices(),
+            up.matrices(),
+            self._stack_input_scale(site, chosen, scales),
+            self._stack_bias(site, "gate", biases[0]),
+            self._stack_bias(site, "up", biases[1]),
         )
+
+    def load_down(self, prefix: str, experts: Iterable[int] | None = None) -> tuple[NVFP4Tensor | Tensor, Tensor | None]:
+        """(down projection `[E, K, N]`, input scale `[E]` or None) of a stack of experts that `load_gated` takes.
+
+        NVFP4, or a plain tensor where the checkpoint keeps it unquantised. One expert is read at a time, as in `load_gated`.
+        """
+        site = self.gated_site(prefix)
+        if site.experts is None:
+            raise CheckpointError(f"{self.path}: {prefix} is a dense MLP; load_matrix reads its {site.down}")
+        chosen = self._choose_experts(site, experts)
+        names = [f"{site.prefix}.{e}.{site.down}" for e in chosen]
+        if not any(name in self.modules.layers for name in names):
+            return stack_plain(lambda name: self.load_plain(f"{name}.weight"), names), None
+        stack = Stack(len(chosen))
+        scales: list[Tensor | None] = []
+        for name in names:
+            matrix, scale = self.load_matrix(name)
+            if not stack.fits(matrix):
+                raise CheckpointError(f"{self.path}: {name} is {list(matrix.shape)}, other experts' is {stack.shape}")
+            stack.add(matrix)
+            scales.append(scale)
+        return stack.matrices(), self._stack_input_scale(site, chosen, scales)
 
     def check_gated(self, prefix: str) -> tuple[torch.Size, Tensor | None, Tensor]:
         """Do all that `load_gated` does but the stacking, holding one expert at a time.
@@ -394,12 +425,6 @@ def _is_zero(codes: Tensor, block_scale: Tensor) -> bool:
         return False  # of a wrong dtype, which is for the constructor to tell
     magnitudes = codes.view(torch.uint8) & 0x77
     return not bool(magnitudes.any()) or not bool((block_scale.view(torch.uint8) & 0x7F).any())
-
-
-def _stack(matrices: list[NVFP4Tensor]) -> NVFP4Tensor:
-    return NVFP4Tensor(
-        *(torch.stack([getattr(m, part) for m in matrices]) for part in ("codes", "block_scale", "global_scale"))
-    )
 
 
 def _ranges(indices: Iterable[int]) -> str:

@@ -15,6 +15,7 @@ __all__ = ["GatedSite", "find_gated"]
 _PAIRS = {"gate_proj": "up_proj", "w1": "w3"}
 _GATES = {up: gate for gate, up in _PAIRS.items()}
 _FUSED = "gate_up_proj"
+_DOWN = {"gate_proj": "down_proj", "w1": "w2", _FUSED: "down_proj"}
 _EXPERT = re.compile(r"(?P<stack>.*\bexperts)\.(?P<index>0|[1-9][0-9]{0,5})")
 
 
@@ -32,6 +33,11 @@ class GatedSite:
     gate: str
     up: str | None
     experts: tuple[int, ...] | None = None
+
+    @property
+    def down(self) -> str:
+        """Name of the projection that follows."""
+        return _DOWN[self.gate]
 
     def modules(self, expert: int | None = None) -> tuple[str, str | None]:
         """Module names of the gate (or fused) and the up projection, of one expert or of a dense MLP."""
