@@ -171,12 +171,14 @@ def test_cache_scales_are_named_and_not_used(stored: Path) -> None:
         load(stored)
 
 
-def test_a_stack_of_experts_is_refused_by_name(stored: Path, tmp_path: Path) -> None:
+def test_a_stack_of_experts_that_the_model_has_no_place_for_is_refused(stored: Path, tmp_path: Path) -> None:
     source = open_checkpoint(stored)
     w = quantize(torch.randn(16, 64))
     names = [f"model.layers.0.mlp.experts.{e}.{p}_proj" for e in range(2) for p in ("gate", "up")]
     path = write_checkpoint(tmp_path / "moe", "modelopt", dict.fromkeys(names, (w, None)), {}, source.config)
-    with pytest.raises(UnsupportedError, match=r"model\.layers\.0\.mlp\.experts is a stack of experts"):
+    with pytest.raises(
+        UnsupportedError, match=r"model\.layers\.0\.mlp: the checkpoint holds no NVFP4 gate and up of this name"
+    ):
         load(path)
 
 
@@ -187,6 +189,6 @@ def test_bad_arguments(stored: Path, tiny_model: Make, tmp_path: Path) -> None:
         load(stored, dtype=torch.float64)
     with pytest.raises(CheckpointError, match="is a file; give the model's directory"):
         load(stored / "model.safetensors")
-    with pytest.raises(ValueError, match="holds no GatedMLP and no NVFP4Linear"):
+    with pytest.raises(ValueError, match="holds no GatedMLP, GatedExperts or NVFP4Linear"):
         save(tiny_model(), tmp_path / "none", "modelopt")
     assert not (tmp_path / "none").exists()

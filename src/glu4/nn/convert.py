@@ -1,14 +1,15 @@
-"""Replace the gated MLPs, and on request every linear layer, of a Hugging Face llama-like model in place.
+"""Replace the gated MLPs and stacks of experts, and on request every linear layer, of a Hugging Face model in place.
 
 A module counts as a gated MLP by its parts: gate_proj, up_proj and down_proj, or a fused gate_up_proj (gate rows first) and
-down_proj, all of them torch.nn.Linear. Its own forward is then run on a few random tokens and must do what a GatedMLP does:
-models exist that have the same parts and multiply, clamp or normalise in between, or fuse the rows the other way round.
+down_proj, all of them torch.nn.Linear. It counts as a stack of experts by parameters gate_up_proj `[E, 2N, K]` and down_proj
+`[E, K, N]`, as transformers has them since its release 5 (experts in a ModuleList are gated MLPs, one by one). Its own forward
+is then run on a few random tokens and must do what its replacement does: models exist that have the same parts and multiply,
+clamp or normalise in between, or fuse the rows the other way round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from copy import copy
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,33 +19,33 @@ from torch import Tensor, nn
 
 from glu4.activation import Activation
 from glu4.errors import UnsupportedError
+from glu4.nn.experts import ExpertsLinear, GatedExperts, NVFP4ExpertsLinear
 from glu4.nn.modules import GatedMLP, Mode, NVFP4Linear, check_mode
-from glu4.nvfp4 import BLOCK, Method, NVFP4Tensor, quantize
+from glu4.nn.probe import Skip, check_experts, check_mlp
+from glu4.nvfp4 import BLOCK, Method, NVFP4Tensor, _unchecked, quantize
 from glu4.weights import GatedWeights
 
 if TYPE_CHECKING:
     from glu4.checkpoint import Checkpoint
 
-__all__ = ["ConversionReport", "convert"]
+__all__ = ["ConversionReport", "convert", "stored_name"]
 
-_PROBE_ROWS = 4
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass
 class ConversionReport:
-    """What `convert` did, by module name: gated MLPs and linear layers replaced, and why others were not."""
+    """What `convert` did, by module name: gated MLPs, linear layers and stacks of experts replaced, and why others were not."""
 
     mlps: list[str] = field(default_factory=list)
     linears: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    experts: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return f"{len(self.mlps)} gated MLPs and {len(self.linears)} linear layers replaced, {len(self.skipped)} skipped"
-
-
-class _Skip(Exception):
-    """Why one module stays as it is."""
+        done = f"{len(self.mlps)} gated MLPs and {len(self.linears)} linear layers"
+        stacks = f"{len(self.experts)} stacks of experts, " if self.experts else ""
+        return f"{stacks}{done} replaced, {len(self.skipped)} skipped"
 
 
 def convert(
@@ -55,13 +56,13 @@ def convert(
     linears: Literal[False, "all"] = False,
     method: Method = "nearest",
 ) -> ConversionReport:
-    """Replace the gated MLPs of `model` by GatedMLP, in place, one at a time.
+    """Replace the gated MLPs of `model` by GatedMLP and its stacks of experts by GatedExperts, in place, one at a time.
 
     mode        "w4a16" or "w4a4"; `set_mode` switches later
     checkpoint  None: quantise the model's own weights by `method`. Or an NVFP4 checkpoint, opened or its path, whose
                 gate and up are used instead; MLPs that are not NVFP4 there are skipped
-    linears     "all": also replace every other torch.nn.Linear but the output head, down projections included;
-                with a checkpoint, those that are NVFP4 there
+    linears     "all": also replace every other torch.nn.Linear but the output head, down projections included, those of experts
+                too; with a checkpoint, those that are NVFP4 there. Without, down projections stay as they are
     method      "nearest" or "four_over_six", as for glu4.quantize
 
     The activation comes from model.config. Raises UnsupportedError when that is not SiLU-gated, naming it, or when no
@@ -76,20 +77,28 @@ def convert(
     activation = _activation(model)
     report = ConversionReport()
     tied = _tied_parameters(model)
-    made: dict[int, GatedMLP] = {}
+    made: dict[int, GatedMLP | GatedExperts] = {}
     for name, module in _candidates(model):
+        stack = isinstance(module, GatedExperts) or _is_stack(module)
         try:
-            if id(module) not in made:
+            if id(module) not in made and stack:
+                made[id(module)] = _gated_experts(name, module, activation, mode, source, tied, linears == "all")
+            elif id(module) not in made:
                 made[id(module)] = _gated_mlp(name, module, activation, mode, source, tied)
-        except _Skip as reason:
+        except Skip as reason:
             report.skipped[name] = str(reason)
         else:
             model.set_submodule(name, made[id(module)])
-            report.mlps.append(name)
+            (report.experts if stack else report.mlps).append(name)
     if linears == "all":
         _replace_linears(model, mode, source, tied, report)
     _check_something_done(model, report)
     return report
+
+
+def stored_name(name: str, stored: Collection[str]) -> str | None:
+    """What a checkpoint calls a module or tensor of a model: Mixtral's files keep the block's first name; None for unknown."""
+    return next((n for n in (name, name.replace(".mlp.", ".block_sparse_moe.")) if n in stored), None)
 
 
 def _opened(checkpoint: Checkpoint | str | Path | None) -> Checkpoint | None:
@@ -109,7 +118,9 @@ def _activation(model: nn.Module) -> Activation:
 
 
 def _check_something_done(model: nn.Module, report: ConversionReport) -> None:
-    if report.mlps or report.linears or any(isinstance(m, GatedMLP) for m in model.modules()):
+    if report.mlps or report.linears or report.experts:
+        return
+    if any(isinstance(m, (GatedMLP, GatedExperts)) for m in model.modules()):
         return
     if not report.skipped:
         raise UnsupportedError(
@@ -131,7 +142,13 @@ def _is_candidate(module: nn.Module) -> bool:
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     named = list(model.named_modules(remove_duplicate=False))
-    return ((name, m) for name, m in named if isinstance(m, GatedMLP) or _is_candidate(m))
+    return ((name, m) for name, m in named if isinstance(m, (GatedMLP, GatedExperts)) or _is_candidate(m))
+
+
+def _is_stack(module: nn.Module) -> bool:
+    """Whether `module` holds parameters gate_up_proj and down_proj of three dimensions."""
+    parts = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
+    return all(isinstance(p, Tensor) and p.ndim == 3 for p in parts)
 
 
 def _tied_parameters(model: nn.Module) -> set[int]:
@@ -147,29 +164,51 @@ def _tied_parameters(model: nn.Module) -> set[int]:
 def _linear_of(module: nn.Module, name: str, tied: set[int]) -> nn.Linear:
     linear = getattr(module, name)
     if type(linear) is not nn.Linear:
-        raise _Skip(f"{name} is {type(linear).__name__}, not torch.nn.Linear")
+        raise Skip(f"{name} is {type(linear).__name__}, not torch.nn.Linear")
     if id(linear.weight) in tied:
-        raise _Skip(f"{name}.weight is tied to another module")
+        raise Skip(f"{name}.weight is tied to another module")
     return linear
 
 
 def _check_k(name: str, k: int) -> None:
     if k % BLOCK:
-        raise _Skip(f"{name} has K = {k}, which is not a multiple of {BLOCK}")
+        raise Skip(f"{name} has K = {k}, which is not a multiple of {BLOCK}")
 
 
 def _gated_mlp(name: str, module: nn.Module, activation: Activation, mode: Mode, source: _Source, tied: set[int]) -> GatedMLP:
     if isinstance(module, GatedMLP):
-        raise _Skip("already a glu4.nn.GatedMLP")
+        raise Skip("already a glu4.nn.GatedMLP")
     names = ["gate_up_proj"] if hasattr(module, "gate_up_proj") else ["gate_proj", "up_proj"]
     parts = [_linear_of(module, part, tied) for part in names]
     down = module.down_proj
     if not isinstance(down, nn.Module):
-        raise _Skip(f"down_proj is {type(down).__name__}, not a module")
+        raise Skip(f"down_proj is {type(down).__name__}, not a module")
     _check_k(names[0], parts[0].in_features)
-    _check_forward(module, names, (sum(p.out_features for p in parts) // 2, parts[0].in_features), activation)
+    check_mlp(module, names, (sum(p.out_features for p in parts) // 2, parts[0].in_features), activation)
     weights = source.gated(name, parts)
     made = GatedMLP(weights, down, activation=activation, mode=mode)
+    made.training = module.training
+    return made
+
+
+def _gated_experts(
+    name: str, module: nn.Module, activation: Activation, mode: Mode, source: _Source, tied: set[int], down_too: bool
+) -> GatedExperts:
+    if isinstance(module, GatedExperts):
+        raise Skip("already a glu4.nn.GatedExperts")
+    gate_up, down = module.gate_up_proj, module.down_proj
+    assert isinstance(gate_up, Tensor)
+    assert isinstance(down, Tensor)
+    e, rows, k = gate_up.shape
+    if rows % 2 or tuple(down.shape) != (e, k, rows // 2):
+        raise Skip(f"gate_up_proj {list(gate_up.shape)} and down_proj {list(down.shape)} are not [E, 2N, K] and [E, K, N]")
+    for part, parameter in (("gate_up_proj", gate_up), ("down_proj", down)):
+        if id(parameter) in tied:
+            raise Skip(f"{part} is tied to another module")
+    _check_k("gate_up_proj", k)
+    check_experts(module, activation)
+    weights, down_proj = source.experts(name, gate_up, down, mode, down_too)
+    made = GatedExperts(weights, down_proj, activation=activation, mode=mode)
     made.training = module.training
     return made
 
@@ -183,66 +222,18 @@ def _replace_linears(model: nn.Module, mode: Mode, source: _Source, tied: set[in
             continue
         try:
             if module is head and source.checkpoint is None:
-                raise _Skip("the output head stays as it is")
+                raise Skip("the output head stays as it is")
             if id(module) not in made:
                 parent, _, last = name.rpartition(".")
                 linear = _linear_of(model.get_submodule(parent), last, tied)
                 _check_k(name, linear.in_features)
                 made[id(module)] = source.linear(name, linear, mode)
                 made[id(module)].training = module.training
-        except _Skip as reason:
+        except Skip as reason:
             report.skipped[name] = str(reason)
         else:
             model.set_submodule(name, made[id(module)])
             report.linears.append(name)
-
-
-# ---- does its forward do what a GatedMLP does? ----
-
-
-class _Stub(nn.Module):
-    """Stands in for a linear layer: remembers its input and returns a given tensor."""
-
-    def __init__(self, answer: Tensor) -> None:
-        super().__init__()
-        self.answer = answer
-        self.seen: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen = x
-        return self.answer
-
-
-def _check_forward(module: nn.Module, inputs: list[str], sizes: tuple[int, int], activation: Activation) -> None:
-    """Skip a module whose forward is not down_proj(activation(gate(x), up(x))), by running it with stubs for its linears.
-
-    Only a shallow copy is touched, and no weight is needed. Gate values reach from -30 to 100, beyond any clamp in use, and
-    stay where sigmoid is a normal number: there float32 SiLU and product make at most eight errors of 2^-23 relative.
-    """
-    n, k = sizes
-    draw = torch.Generator().manual_seed(0)
-    x, down = torch.randn(_PROBE_ROWS, k, generator=draw), torch.randn(_PROBE_ROWS, k, generator=draw)
-    gate = torch.rand(_PROBE_ROWS, n, generator=draw) * 130 - 30
-    up = torch.rand(_PROBE_ROWS, n, generator=draw) * 200 - 100
-    fused = len(inputs) == 1
-    stubs = [_Stub(torch.cat((gate, up), -1))] if fused else [_Stub(gate), _Stub(up)]
-    last = _Stub(down)
-    clone = copy(module)
-    clone._modules = {**module._modules, **dict(zip(inputs, stubs, strict=True)), "down_proj": last}
-    try:
-        with torch.no_grad():
-            out = type(module).forward(clone, x)
-    except Exception as error:
-        raise _Skip(f"its forward cannot be run on random tokens: {type(error).__name__}: {error}") from error
-    want = activation(gate.double(), up.double())
-    plain = all(s.seen is not None and torch.equal(s.seen, x) for s in stubs)
-    hidden = last.seen is not None and last.seen.shape == want.shape
-    if hidden and last.seen is not None:
-        hidden = bool(((last.seen.double() - want).abs() <= 8 * 2.0**-23 * want.abs()).all())
-    if not (plain and hidden and isinstance(out, Tensor) and torch.equal(out, down)):
-        dropout = any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in module.modules())
-        hint = "; its dropout is active: call model.eval() first" if dropout else ""
-        raise _Skip(f"its forward is not down_proj({activation.name}(gate) * up){hint}")
 
 
 # ---- where the values come from ----
@@ -260,7 +251,7 @@ class _Source:
         if weight.is_meta:
             raise ValueError(f"{name} is on the meta device and has no values: load it first, or pass checkpoint=")
         if weight.dtype not in _FLOATS:
-            raise _Skip(f"{name} is {weight.dtype}; float16, bfloat16 or float32 can be quantised")
+            raise Skip(f"{name} is {weight.dtype}; float16, bfloat16 or float32 can be quantised")
         if not bool(weight.isfinite().all()):
             raise ValueError(f"{name} holds NaN or infinity, which NVFP4 cannot represent; repair the model first")
         return quantize(weight.detach(), method=self.method)
@@ -269,7 +260,7 @@ class _Source:
         """Gate and up of the MLP `name`, held by two linears or by one fused one."""
         if self.checkpoint is not None:
             return self._stored(name, parts)
-        # a fused matrix holds gate's rows first; `_check_forward` has made sure of it
+        # a fused matrix holds gate's rows first; `check_mlp` has made sure of it
         fused = len(parts) == 1
         gate, up = parts[0].weight.detach().chunk(2) if fused else (p.weight.detach() for p in parts)
         biases: tuple[Tensor | None, ...] = tuple(p.bias for p in parts)
@@ -280,7 +271,7 @@ class _Source:
     def _stored(self, name: str, parts: list[nn.Linear]) -> GatedWeights:
         assert self.checkpoint is not None
         if not {f"{name}.gate_proj", f"{name}.gate_up_proj"} & self.layers:
-            raise _Skip("the checkpoint holds no NVFP4 gate and up of this name")
+            raise Skip("the checkpoint holds no NVFP4 gate and up of this name")
         weights = self.checkpoint.load_gated(name)
         shape = [sum(p.out_features for p in parts) // 2, parts[0].in_features]
         if list(weights.shape) != shape:
@@ -291,12 +282,62 @@ class _Source:
         device = parts[0].weight.device
         return weights if device.type == "meta" else weights.to(device)
 
+    def experts(
+        self, name: str, gate_up: Tensor, down: Tensor, mode: Mode, down_too: bool
+    ) -> tuple[GatedWeights, ExpertsLinear | NVFP4ExpertsLinear]:
+        """Gate and up, and the down projection, of a stack of experts."""
+        if self.checkpoint is not None:
+            return self._stored_experts(name, gate_up, down, mode)
+        n = gate_up.shape[1] // 2
+        gate, up = (
+            self._quantized_stack(f"{what} of {name}", w) for what, w in (("gate", gate_up[:, :n]), ("up", gate_up[:, n:]))
+        )
+        if not down_too:
+            return GatedWeights(gate, up), ExpertsLinear(down.detach())
+        _check_k("down_proj", n)
+        matrix = self._quantized_stack(f"{name}.down_proj", down)
+        return GatedWeights(gate, up), NVFP4ExpertsLinear(matrix, mode=mode)
+
+    def _quantized_stack(self, name: str, weight: Tensor) -> NVFP4Tensor:
+        """Each expert on its own, so that no copy of the whole is made on the way."""
+        parts: list[Tensor] = []
+        for e in range(weight.shape[0]):
+            one = self._quantized(f"expert {e}'s {name}", weight[e])
+            if e == 0:
+                parts = [p.new_empty((weight.shape[0], *p.shape)) for p in (one.codes, one.block_scale, one.global_scale)]
+            for part, value in zip(parts, (one.codes, one.block_scale, one.global_scale)):
+                part[e] = value
+        return _unchecked(*parts)
+
+    def _stored_experts(
+        self, name: str, gate_up: Tensor, down: Tensor, mode: Mode
+    ) -> tuple[GatedWeights, ExpertsLinear | NVFP4ExpertsLinear]:
+        assert self.checkpoint is not None
+        prefix = stored_name(name, self.checkpoint.gated_mlps())
+        if prefix is None or self.checkpoint.gated_site(prefix).experts is None:
+            raise Skip("the checkpoint holds no NVFP4 experts of this name")
+        e, rows, k = gate_up.shape
+        weights = self.checkpoint.load_gated(prefix)
+        if list(weights.shape) != [e, rows // 2, k]:
+            raise ValueError(f"checkpoint: gate of {name} is {list(weights.shape)}, the model's is {[e, rows // 2, k]}")
+        if weights.gate_bias is not None or weights.up_bias is not None:
+            raise ValueError(f"checkpoint: {name} has a gate or up bias, unlike the model's")
+        matrix, input_scale = self.checkpoint.load_down(prefix)
+        if list(matrix.shape) != list(down.shape):
+            raise ValueError(f"checkpoint: down of {name} is {list(matrix.shape)}, the model's is {list(down.shape)}")
+        if not gate_up.is_meta:
+            weights = weights.to(gate_up.device)
+        if isinstance(matrix, NVFP4Tensor):
+            made = NVFP4ExpertsLinear(matrix, input_scale=input_scale, mode=mode)
+            return weights, made if down.is_meta else made.to(down.device)
+        return weights, ExpertsLinear(matrix.to(down.dtype if down.is_meta else down))
+
     def linear(self, name: str, linear: nn.Linear, mode: Mode) -> NVFP4Linear:
         """The counterpart of one linear layer."""
         if self.checkpoint is None:
             return NVFP4Linear(self._quantized(f"{name}.weight", linear.weight), linear.bias, mode=mode)
         if name not in self.layers:
-            raise _Skip("not NVFP4 in the checkpoint")
+            raise Skip("not NVFP4 in the checkpoint")
         matrix, input_scale = self.checkpoint.load_matrix(name)
         shape = [linear.out_features, linear.in_features]
         if list(matrix.shape) != shape:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from glu4.errors import CheckpointError, UnsupportedError
-from glu4.nn.convert import ConversionReport, convert
+from glu4.errors import CheckpointError
+from glu4.nn.convert import ConversionReport, convert, stored_name
 from glu4.nn.modules import Mode, _ExactBuffers, check_mode
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def load(path: str | Path, *, mode: Mode = "w4a16", dtype: torch.dtype | None = 
     mode   "w4a16" or "w4a4", for every NVFP4 layer; `set_mode` switches later
     dtype  of embeddings, norms and all that is not NVFP4: float16, bfloat16, float32; by default config.json's
 
-    NVFP4 gate and up become GatedMLP, every other NVFP4 layer NVFP4Linear. Raises CheckpointError for tensors that are
+    NVFP4 gate and up become GatedMLP, stacks of experts GatedExperts (read one expert at a time), every other NVFP4 layer
+    NVFP4Linear. Raises CheckpointError for tensors that are
     missing, left over or of the wrong shape; ValueError for an unknown mode or dtype; UnsupportedError as `convert` does;
     ImportError without transformers and accelerate.
     """
@@ -44,12 +45,6 @@ def load(path: str | Path, *, mode: Mode = "w4a16", dtype: torch.dtype | None = 
     if Path(path).is_file():
         raise CheckpointError(f"{path}: is a file; give the model's directory, which holds config.json too")
     checkpoint = open_checkpoint(path)
-    stacks = [name for name in checkpoint.gated_mlps() if checkpoint.gated_site(name).experts is not None]
-    if stacks:
-        raise UnsupportedError(
-            f"{stacks[0]} is a stack of experts, which models loaded here do not run yet; load its weights with "
-            "glu4.load_gated_weights and call glu4.grouped_dual_gemm"
-        )
     model = _skeleton(Path(path), dtype)
     report = convert(model, mode=mode, checkpoint=checkpoint, linears="all")
     _fill(model, checkpoint, report)
@@ -76,24 +71,38 @@ def _skeleton(path: Path, dtype: torch.dtype | None) -> Any:
 
 def _fill(model: Any, checkpoint: Checkpoint, report: ConversionReport) -> None:
     """Load what is not NVFP4, tie what is tied, and account for every tensor on both sides."""
-    used = {f"{name}.bias" for name in report.linears}
-    used |= {f"{name}.{part}.bias" for name in report.mlps for part in _MLP_PARTS}
-    plain = set(checkpoint.plain_names())
-    slots = _slots(model)
-    for name in sorted(plain & slots.keys()):
-        _put(model, name, checkpoint.load_plain(name), slots[name])
+    converted = set(report.linears) | {f"{name}.{part}" for name in report.mlps for part in _MLP_PARTS}
+    of_experts = _expert_modules(checkpoint, report)
+    used = {f"{name}.bias" for name in converted} | {f"{name}.weight" for name in of_experts}
+    slots, files = _slots(model), set(checkpoint.plain_names())
+    # by the model's names: Mixtral's files have others
+    stored = {name: found for name in slots if (found := stored_name(name, files)) is not None}
+    plain = (files - set(stored.values())) | stored.keys()
+    for name in sorted(stored):
+        _put(model, name, checkpoint.load_plain(stored[name]), slots[name])
     _check_tied(model, plain)
     model.tie_weights()
     empty = sorted(name for name, t in model.state_dict(keep_vars=True).items() if t.is_meta)
     if empty:
         raise CheckpointError(f"{checkpoint.path}: {len(empty)} tensors of the model are missing: {_some(empty)}")
     left = _unexpected(model, plain - slots.keys() - used)
-    converted = set(report.linears) | {f"{name}.{part}" for name in report.mlps for part in _MLP_PARTS}
-    left += sorted(set(checkpoint.layers()) - converted)
+    left += sorted(set(checkpoint.layers()) - converted - of_experts)
     if left:
         raise CheckpointError(
             f"{checkpoint.path}: {len(left)} tensors or NVFP4 layers have no place in {type(model).__name__}: {_some(left)}"
         )
+
+
+def _expert_modules(checkpoint: Checkpoint, report: ConversionReport) -> set[str]:
+    """The checkpoint's modules that became stacks: gate, up and down of every expert."""
+    found = set()
+    for name in report.experts:
+        prefix = stored_name(name, checkpoint.gated_mlps())
+        assert prefix is not None
+        site = checkpoint.gated_site(prefix)
+        for e in site.experts or ():
+            found |= {part for part in (*site.modules(e), f"{prefix}.{e}.{site.down}") if part is not None}
+    return found
 
 
 def _slots(model: nn.Module) -> dict[str, Tensor]:

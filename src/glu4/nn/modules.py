@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from glu4 import dispatch, ops
 from glu4.activation import SILU, Activation
-from glu4.nvfp4 import NVFP4Tensor, quantize
+from glu4.nvfp4 import NVFP4Tensor, _unchecked, quantize
 from glu4.weights import GatedWeights, LinearWeight
 
 __all__ = ["GatedMLP", "Mode", "NVFP4Linear", "check_mode", "free_originals", "set_mode"]
@@ -63,6 +63,10 @@ class _Matrix(_ExactBuffers):
         """Let the buffers be these."""
         for name in self.exact_buffers:
             setattr(self, name, getattr(matrix, name))
+
+    def held(self) -> NVFP4Tensor:
+        """The buffers as one value, unchecked."""
+        return _unchecked(self.codes, self.block_scale, self.global_scale)
 
     def tensor(self) -> NVFP4Tensor:
         """The buffers as one value; checks scales on the CPU, as every NVFP4Tensor does."""
@@ -111,9 +115,10 @@ class _Prepared(_ExactBuffers, Generic[W]):
     """A module that keeps its weights checked and prepared for the device that its buffers are on.
 
     Once `_freed`, the matrices' buffers have a shape and no memory. Whatever looks into them restores them first: state_dict,
-    load_state_dict, moves, copies.
+    load_state_dict, moves, copies. `dual`: gate and up, not one matrix.
     """
 
+    dual: ClassVar[bool] = False
     _ready: W | None
     _freed: bool
 
@@ -142,7 +147,7 @@ class _Prepared(_ExactBuffers, Generic[W]):
         """Pack now where a kernel wants that: a graph that torch.compile traces before the first call could not."""
         self._ready = None
         device = self._matrices()[0].codes.device
-        if dispatch.packs(device, isinstance(self, GatedMLP)):
+        if dispatch.packs(device, self.dual):
             with suppress(ValueError):  # memory not filled yet, or damaged weights: the next call says which
                 self._current()
 
@@ -200,6 +205,7 @@ class GatedMLP(_Prepared[GatedWeights]):
     """
 
     exact_buffers = ("input_scale",)
+    dual = True
     input_scale: Tensor | None
     gate_bias: Tensor | None
     up_bias: Tensor | None
@@ -304,16 +310,16 @@ def free_originals(model: nn.Module) -> int:
 
 
 def set_mode(model: nn.Module, mode: Mode) -> int:
-    """Switch every GatedMLP and NVFP4Linear of `model` to "w4a16" or "w4a4"; returns how many there are.
+    """Switch every GatedMLP, NVFP4Linear and stack of experts of `model` to "w4a16" or "w4a4"; returns how many there are.
 
     Raises ValueError for an unknown mode or a model that holds no such module.
     """
     check_mode(mode)
-    found = [m for m in model.modules() if isinstance(m, (GatedMLP, NVFP4Linear))]
+    found = [m for m in model.modules() if isinstance(m, _ExactBuffers) and hasattr(m, "mode")]
     if not found:
         raise ValueError(
             "model: holds no GatedMLP and no NVFP4Linear; convert it with glu4.nn.convert or load it with glu4.nn.load"
         )
     for module in found:
-        module.mode = mode
+        module.mode = mode  # type: ignore[assignment]
     return len(found)
