@@ -336,3 +336,17 @@ def test_swizzled_quantize_aligns_rows(k: int) -> None:
     x = torch.randn(5, k, generator=torch.Generator().manual_seed(2))
     assert quantize(x, layout="swizzled").has_aligned_rows
     assert same(quantize(x, layout="swizzled").to_linear(), quantize(x))
+
+
+@pytest.mark.parametrize("shape", [(5, 48), (2, 130, 80), (130, 64)])
+def test_padding_of_given_swizzled_scales_is_zero(shape: tuple[int, ...]) -> None:
+    """Another tool may leave anything there, NaN too, and a tensor core would multiply it."""
+    t = full_range(4, *shape)
+    clean = t.to_swizzled().block_scale.view(torch.uint8)
+    ours = t.to_swizzled().scale_layout.store(torch.ones_like(t.block_scale, dtype=torch.uint8)).bool()
+    given = torch.where(ours, clean, 0x7F).view(torch.float8_e4m3fn)
+    for made in (NVFP4Tensor.from_swizzled(t.codes, given, t.global_scale), NVFP4Tensor(t.codes, given, t.global_scale)):
+        assert same(made.to_linear(), t)
+        columns = made.block_scale.view(torch.uint8)[..., -1, :, :, :].flatten(0, -2)
+        assert not columns[:, shape[-1] // 16 % 4 or 4 :].any()
+    assert (NVFP4Tensor(t.codes, given, t.global_scale).block_scale.data_ptr() == given.data_ptr()) == (shape[-1] == 64)

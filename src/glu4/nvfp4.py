@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from glu4.scale_layout import LinearLayout, SwizzledLayout
+from glu4.scale_layout import ATOM_COLS, LinearLayout, SwizzledLayout
 
 __all__ = ["BLOCK", "E2M1_VALUES", "NVFP4Tensor", "canonicalize_scales", "pack_codes", "quantize", "unpack_codes"]
 
@@ -62,7 +62,8 @@ class NVFP4Tensor:
     """A matrix `[rows, K]`, or a batch or stack of them `[L, rows, K]`, in NVFP4.
 
     codes         uint8 (or float4_e2m1fn_x2, viewed as uint8) `[..., rows, K/2]`; even k in the low nibble
-    block_scale   float8_e4m3fn `[..., rows, K/16]` (linear), or `[..., ceil(rows/128), ceil(K/64), 32, 4, 4]` (swizzled)
+    block_scale   float8_e4m3fn `[..., rows, K/16]` (linear), or `[..., ceil(rows/128), ceil(K/64), 32, 4, 4]` (swizzled); of
+                  these a copy whose padding is zero is held where K is not a multiple of 64
     global_scale  float32 multiplier, shape `[]` or the leading dimensions
 
     Raises TypeError for a wrong dtype and ValueError for a wrong shape, mixed devices, or K not a multiple of 16. Values
@@ -78,6 +79,10 @@ class NVFP4Tensor:
         if self.codes.dtype == torch.float4_e2m1fn_x2:
             object.__setattr__(self, "codes", self.codes.view(torch.uint8))
         _check_metadata(self)
+        if self.is_swizzled and self.k // BLOCK % ATOM_COLS:
+            # a scale beyond K that holds NaN would reach results: tensor cores multiply whole atoms
+            layout = self.scale_layout
+            object.__setattr__(self, "block_scale", layout.store(layout.load(self.block_scale)))
         if self.codes.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check_values()
 
