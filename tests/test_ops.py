@@ -335,7 +335,7 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         lambda: dual_gemm(X, W, backend="fastest"),
         ValueError,
-        "backend: expected one of hopper, portable or None, got 'fastest'",
+        "backend: expected one of hopper, blackwell, portable or None, got 'fastest'",
     ),
     (lambda: dual_gemm(X, pair(1, 2, 24, 64)), ValueError, r"gate \[2, 24, 64\] needs x \[2, M, 64\], got \[5, 64\]"),
     (lambda: linear(X, W.gate, bias=torch.zeros(3)), ValueError, r"bias: expected shape \[24\], got \[3\]"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
+from glu4.backends.blackwell import launch as blackwell
 from glu4.backends.hopper import launch as hopper
 from glu4.backends.hopper.config import SHIPPED, legal
 from glu4.backends.hopper.spec import shipped
@@ -16,9 +18,9 @@ from glu4.compiled import store
 from glu4.errors import UnsupportedError
 from glu4.problem import GroupedProblem, Problem
 
-__all__ = ["BACKENDS", "Candidate", "Explanation", "explain", "packs", "select", "warn_once"]
+__all__ = ["BACKENDS", "Candidate", "Explanation", "arranges", "explain", "packs", "select", "warn_once"]
 
-BACKENDS = ("hopper", "portable")
+BACKENDS = ("hopper", "blackwell", "portable")
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,10 @@ def _describe(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)}, sm_{major}{minor})"
 
 
-_SLOW = "this is a Hopper GPU, but the portable backend runs on it, many times slower: "
+_SLOW = "this is a {} GPU, but the portable backend runs on it, many times slower: "
 _NOT_COMPILED = "its kernels are not compiled here; run glu4 compile"
+_BLACKWELL = "block-scaled tensor cores, weights as prepare arranges them; executed in emulation only so far"
+_TO_COMPILE = "its kernels are not compiled yet; the first call compiles them"
 
 
 def _hopper_refusal(problem: Problem | GroupedProblem, device: torch.device) -> str | None:
@@ -89,12 +93,28 @@ def _provide(dual: bool, x: str | torch.dtype, out: torch.dtype) -> str | None:
 
 
 @cache
-def _compile(dual: bool) -> str | None:
-    """Compile an operation's kernels with a line of progress on stderr; why that was not possible, or None."""
+def _provide_blackwell(dual: bool, out: torch.dtype, arch: str, device: torch.device) -> str | None:
+    """As `_provide`, of Blackwell kernels, whose tokens are NVFP4."""
+    if blackwell.available(dual, out, device):
+        return None
+    return _compile(dual, arch) or (None if blackwell.available(dual, out, device) else _not_compiled(arch))
+
+
+def _not_compiled(arch: str = "") -> str:
+    return _NOT_COMPILED + (f" --arch {arch}" if arch else "")
+
+
+@cache
+def _compile(dual: bool, arch: str = "") -> str | None:
+    """Compile an operation's kernels with a line of progress on stderr; why that was not possible, or None.
+
+    arch: of Blackwell kernels; without it Hopper's.
+    """
     if not _can_compile():
-        return _NOT_COMPILED
-    specs = shipped(dual)
-    what = f"glu4: compiling {len(specs)} {'dual_gemm' if dual else 'linear'} kernels, once (glu4 compile does it beforehand)"
+        return _not_compiled(arch)
+    specs: Sequence[store.Spec] = blackwell.shipped(dual, arch) if arch else shipped(dual)
+    command = f"glu4 compile --arch {arch}" if arch else "glu4 compile"
+    what = f"glu4: compiling {len(specs)} {'dual_gemm' if dual else 'linear'} kernels, once ({command} does it beforehand)"
     done: list[str] = []
 
     def report(name: str) -> None:
@@ -109,6 +129,7 @@ def _compile(dual: bool) -> str | None:
     finally:
         print(file=sys.stderr)
         hopper.forget()
+        blackwell.forget()
     return None
 
 
@@ -131,16 +152,22 @@ def _portable_reason(problem: Problem | GroupedProblem, device: torch.device) ->
 def explain(problem: Problem | GroupedProblem, device: torch.device | str = "cpu") -> Explanation:
     """The backends that could run `problem` on `device`, which one is chosen, and why not the others.
 
-    The Hopper backend packs weights: once, when `GatedWeights` or `LinearWeight` are prepared or first used, or at every call.
+    The Hopper backend packs weights, the Blackwell backend arranges their scales and rows: once, when `GatedWeights` or
+    `LinearWeight` are prepared or first used, or at every call.
     """
     if not isinstance(problem, (Problem, GroupedProblem)):
         raise TypeError(f"problem: expected a glu4.Problem or glu4.GroupedProblem, got {type(problem).__name__}")
     device = torch.device(device)
     refusal = _hopper_refusal(problem, device)
     if refusal is None and isinstance(problem, Problem) and not hopper.available(*_kind(problem)):
-        refusal = "its kernels are not compiled yet; the first call compiles them" if _can_compile() else _NOT_COMPILED
+        refusal = _TO_COMPILE if _can_compile() else _NOT_COMPILED
+    other = blackwell.refusal(problem, device)
+    dual = problem.operation == "dual_gemm"
+    if other is None and isinstance(problem, Problem) and not blackwell.available(dual, problem.out_dtype, device):
+        other = _TO_COMPILE if _can_compile() else _not_compiled(blackwell.architecture(device) or "")
     candidates = (
         Candidate("hopper", refusal is None, refusal or "weights packed by prepare, decoded in registers"),
+        Candidate("blackwell", other is None, other or _BLACKWELL),
         Candidate("portable", True, _portable_reason(problem, device)),
     )
     return Explanation(problem, _describe(device), candidates)
@@ -152,18 +179,30 @@ def _kind(problem: Problem) -> tuple[bool, str | torch.dtype, torch.dtype]:
     return problem.operation == "dual_gemm", x, problem.out_dtype
 
 
+def arranges(device: torch.device, dual: bool) -> bool:
+    """Whether weights on `device` are to be in Blackwell's form, which every backend reads: it is such a GPU. Where kernels are
+    missing and can be compiled, they are compiled now."""
+    arch = blackwell.architecture(device)
+    if arch is None:
+        return False
+    reasons = [_provide_blackwell(dual, t, arch, device) for t in (torch.bfloat16, torch.float16)]
+    if all(reasons):
+        warn_once(_SLOW.format("Blackwell") + str(reasons[0]))
+    return True
+
+
 def packs(device: torch.device, dual: bool) -> bool:
     """Whether weights on `device` are to be packed: it is a Hopper GPU, and kernels are there or can be compiled now."""
     if not hopper.is_hopper(device):
         return False
     reasons = [_provide(dual, t, t) for t in (torch.bfloat16, torch.float16)]
     if all(reasons):
-        warn_once(_SLOW + str(reasons[0]))
+        warn_once(_SLOW.format("Hopper") + str(reasons[0]))
     return not all(reasons)
 
 
 def select(problem: Problem | GroupedProblem, device: torch.device, backend: str | None) -> str:
-    """The backend for a call: "hopper" where it can run, else "portable".
+    """The backend for a call: "hopper" or "blackwell" where it can run, else "portable".
 
     Raises ValueError for an unknown `backend`, UnsupportedError when the one insisted on cannot run.
     """
@@ -171,13 +210,18 @@ def select(problem: Problem | GroupedProblem, device: torch.device, backend: str
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if backend == "portable":
         return "portable"
-    refusal = _hopper_refusal(problem, device)
+    arch = blackwell.architecture(device)
+    name = backend or ("hopper" if arch is None else "blackwell")
+    refusal = (_hopper_refusal if name == "hopper" else blackwell.refusal)(problem, device)
     if refusal is None and isinstance(problem, Problem):
-        refusal = _provide(*_kind(problem))
+        if name == "hopper":
+            refusal = _provide(*_kind(problem))
+        else:
+            refusal = _provide_blackwell(problem.operation == "dual_gemm", problem.out_dtype, str(arch), device)
         if refusal is None:
-            return "hopper"
+            return name
         if backend is None:
-            warn_once(_SLOW + refusal)
-    if backend == "hopper":
-        raise UnsupportedError(f"backend hopper: {refusal}")
+            warn_once(_SLOW.format(name.capitalize()) + refusal)
+    if backend is not None:
+        raise UnsupportedError(f"backend {backend}: {refusal}")
     return "portable"

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from glu4 import dispatch
+from glu4.backends.blackwell import launch as blackwell
+from glu4.backends.blackwell.direct import Direct as BlackwellDirect
 from glu4.backends.hopper import launch as hopper
 from glu4.backends.hopper.direct import Direct
 from glu4.backends.hopper.pack import UNIT_WORDS, pack_gated, pack_matrix, unpack_gated, unpack_matrix
@@ -84,7 +86,7 @@ class _Weights:
 
     outlines: tuple[NVFP4Tensor, ...]
     packed: Tensor | None
-    direct: Direct | None
+    direct: Direct | BlackwellDirect | None
     matrices: tuple[NVFP4Tensor, ...] | None
 
     def _hold(self, *matrices: NVFP4Tensor) -> None:
@@ -149,7 +151,8 @@ class _Weights:
         kernels may start to read weights before the work ahead of them in the stream has ended. All kernels of the operation
         are loaded, so that a CUDA graph may be captured at once; if none are compiled, they are compiled now (see
         glu4.dispatch). Stacks `[L, N, K]` stay in NVFP4, which grouped_dual_gemm reads; the first dual_gemm or linear that
-        uses one packs it. The portable backend reads NVFP4 as it is, so elsewhere preparing is a move and a check.
+        uses one packs it. On a Blackwell GPU weights and stacks stay NVFP4Tensors, with block scales in the 128x4 layout and
+        rows 16 bytes apart. The portable backend reads NVFP4 as it is, so elsewhere preparing is a move and a check.
 
         free_original  empties this object, so that only the prepared one holds memory, and drops the NVFP4 form of what is
                        packed. Whatever needs that (attributes, state_dict, to, shard, pickling, another backend) then
@@ -162,8 +165,11 @@ class _Weights:
         if prepared.packed is None:
             for matrix in prepared.originals():
                 matrix.check_values()
-            if len(prepared.shape) == 2 and dispatch.packs(prepared.device, len(self._names) == 2):
+            dual = len(self._names) == 2
+            if len(prepared.shape) == 2 and dispatch.packs(prepared.device, dual):
                 prepared._pack()
+            elif dispatch.arranges(prepared.device, dual):
+                prepared._arrange()
         if free_original:
             if prepared.packed is not None and len(prepared.shape) == 2:
                 prepared.outlines = tuple(outline(*prepared.shape, s) for s in prepared.scales)
@@ -177,6 +183,21 @@ class _Weights:
         hopper.load(len(self._names) == 2, self.packed)
         self._connect()
 
+    def _arrange(self) -> None:
+        """Bring the matrices into the form of Blackwell kernels, which everything else reads too."""
+        self._hold(*(blackwell.prepared(m) for m in self.originals()))
+        blackwell.load(len(self._names) == 2, self.outlines[0])
+        self._connect()
+
+    def remember_arranged(self) -> None:
+        """What `prepare` does, for weights that reach a Blackwell kernel without it."""
+        if all(blackwell.is_prepared(m) for m in self.originals()):
+            return
+        _refuse_capture(self.device)
+        for matrix in self.originals():
+            matrix.check_values()
+        self._arrange()
+
     def remember_packed(self) -> None:
         """What `prepare` does, for weights that reach a Hopper kernel without it: they are packed once and remembered."""
         _refuse_capture(self.device)
@@ -185,12 +206,16 @@ class _Weights:
         self._pack()
 
     def _connect(self) -> None:
-        """Wait for the packed form, and make the short way to the kernel."""
-        if self.packed is None:
+        """Wait for the prepared form, and make the short way to the kernel."""
+        matrices = self.matrices or ()
+        arranged = self.packed is None and blackwell.is_blackwell(self.device) and all(map(blackwell.is_prepared, matrices))
+        if self.packed is None and not arranged:
             return
-        if self.packed.device.type == "cuda":
-            torch.cuda.current_stream(self.packed.device).synchronize()
-        if len(self.shape) == 2:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        if arranged and len(self.shape) == 2:
+            self.direct = BlackwellDirect(matrices)
+        elif self.packed is not None and len(self.shape) == 2:
             scales = self.scales
             self.direct = Direct(self.packed, (self.shape[0], self.shape[1]), (scales[0], scales[-1]), len(scales) == 2)
 
@@ -350,7 +375,7 @@ class GatedWeights(_Weights):
     def state_dict(self) -> dict[str, Tensor]:
         """Flat tensors, for safetensors or torch.save; `from_state_dict` is the inverse."""
         pair = zip(self._names, self.originals(), strict=True)
-        state = {f"{name}.{part}": getattr(w, part) for name, w in pair for part in _PARTS}
+        state = {f"{name}.{part}": getattr(_as_files_have(w), part) for name, w in pair for part in _PARTS}
         for name in _OPTIONAL:
             value = getattr(self, name)
             if value is not None:
@@ -367,6 +392,11 @@ class GatedWeights(_Weights):
             raise ValueError(f"state: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
         gate, up = (NVFP4Tensor(*(state[f"{name}.{part}"] for part in _PARTS)) for name in ("gate", "up"))
         return cls(gate, up, **{name: state.get(name) for name in _OPTIONAL})
+
+
+def _as_files_have(w: NVFP4Tensor) -> NVFP4Tensor:
+    """Linear block scales, dense rows; itself where it has them."""
+    return w.to_linear().contiguous() if w.is_swizzled else w
 
 
 def _check_vector(name: str, value: Tensor, gate: NVFP4Tensor) -> None:

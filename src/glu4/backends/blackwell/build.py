@@ -19,14 +19,16 @@ from glu4.compiled.store import DSL_VERSION, write
 
 __all__ = ["compile_spec", "export", "main"]
 
-_PARAM = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.([a-z]+)(\d+)\s+[\w$]+(?:\[(\d+)\])?")
+# .param .align 64 .b8 NAME[128], or .param .u32 NAME, or .param .u64 .ptr .global .align 2 NAME
+_POINTER = r"(?:\s+\.ptr(?:\s+\.(?:[a-z]+|align\s+\d+))*)?"
+_PARAM = re.compile(rf"\.param\s+(?:\.align\s+\d+\s+)?\.[a-z]+(\d+){_POINTER}\s+[\w$]+(?:\[(\d+)\])?")
 
 
 def _param_sizes(ptx: str) -> list[int]:
     """Bytes of each kernel parameter, in order."""
     head = ptx[ptx.index(".entry") :]
     listing = head[head.index("(") : head.index("\n)")]
-    return [int(bits) // 8 * int(count or 1) for _, bits, count in _PARAM.findall(listing)]
+    return [int(bits) // 8 * int(count or 1) for bits, count in _PARAM.findall(listing)]
 
 
 def _compile(spec: KernelSpec, directory: str) -> Any:

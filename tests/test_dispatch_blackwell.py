@@ -1,0 +1,279 @@
+"""The operators on a Blackwell device made of Python: which backend runs, what prepare does, what explain and errors say."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+
+from fake_blackwell import FakeBlackwell, compiled, fake_blackwell
+from glu4 import (
+    GatedWeights,
+    GroupedProblem,
+    LinearWeight,
+    NVFP4Tensor,
+    Problem,
+    UnsupportedError,
+    clamped_silu,
+    dual_gemm,
+    explain,
+    grouped_dual_gemm,
+    linear,
+    quantize,
+    reference,
+)
+from glu4.backends.blackwell import launch
+from glu4.backends.blackwell.spec import KernelSpec
+from glu4.compiled import store
+from operands import full_range
+
+F16, BF16 = torch.float16, torch.bfloat16
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeBlackwell]:
+    with fake_blackwell(monkeypatch) as fake:
+        yield fake
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeBlackwell]:
+    """Such a device with no kernel compiled, and no CuTe DSL."""
+    with fake_blackwell(monkeypatch, found=lambda spec: None) as fake:
+        monkeypatch.setattr(store, "installed_dsl", lambda: None)
+        yield fake
+
+
+def pair(*shape: int, **biases: torch.Tensor) -> GatedWeights:
+    return GatedWeights(full_range(1, *shape), full_range(2, *shape), **biases)
+
+
+def expected(x: Any, w: GatedWeights, dtype: torch.dtype, **kwargs: Any) -> torch.Tensor:
+    return reference.dual_gemm(
+        x, w.gate, w.up, gate_bias=w.gate_bias, up_bias=w.up_bias, out_dtype=dtype, **kwargs
+    )  # fmt: skip
+
+
+# ---- prepared weights ----
+
+
+def test_prepare_arranges_weights_once(cuda: FakeBlackwell) -> None:
+    w = pair(72, 48)
+    p = w.prepare("cpu")
+    assert p.packed is None
+    for matrix, original in ((p.gate, w.gate), (p.up, w.up)):
+        assert launch.is_prepared(matrix)
+        assert launch.prepared(matrix) is matrix
+        assert torch.equal(matrix.dequantize(), original.dequantize())
+    assert not w.gate.is_swizzled, "the original stays as it is"
+    assert cuda.calls.count("cuLibraryLoadData") == len(launch.shipped(True)), "every kernel is loaded, for CUDA graphs"
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("k", [96, 48])
+def test_dual_gemm_runs_the_kernel(cuda: FakeBlackwell, dtype: torch.dtype, k: int) -> None:
+    p, x = pair(72, k).prepare("cpu"), quantize(torch.randn(33, k), layout="swizzled")
+    got = dual_gemm(x, p, out_dtype=dtype)
+    assert torch.equal(got, expected(x, p, dtype))
+    assert len(cuda.made) == 1
+    assert torch.equal(dual_gemm(x, p, out_dtype=dtype, backend="blackwell"), got)
+    assert torch.equal(dual_gemm(x.to_linear(), p, out_dtype=dtype), got)
+    assert len(cuda.made) == 3
+    out = torch.empty(33, 72, dtype=dtype)
+    assert dual_gemm(x, p, out=out) is out
+    assert torch.equal(out, got)
+
+
+def test_activations_biases_and_leading_dimensions(cuda: FakeBlackwell) -> None:
+    w = pair(72, 96, gate_bias=torch.randn(72).half(), up_bias=torch.randn(72).half()).prepare("cpu")
+    x = quantize(torch.randn(2, 3, 5, 96))
+    got = dual_gemm(x, w, activation=clamped_silu(1.5), out_dtype=F16)
+    flat = NVFP4Tensor(x.codes.flatten(0, 2), x.block_scale.flatten(0, 2), x.global_scale.reshape(-1)[0])
+    if x.global_scale.ndim == 0:
+        assert torch.equal(got.view(30, 72), expected(flat, w, F16, activation=clamped_silu(1.5)))
+    each = quantize(torch.randn(3, 5, 96), torch.tensor([0.5, 1.0, 2.0]))
+    assert torch.equal(dual_gemm(each, w, out_dtype=F16), expected(each, w, F16))
+    assert cuda.made
+
+
+def test_stacks_pair_with_batches(cuda: FakeBlackwell) -> None:
+    p, x = pair(3, 72, 96).prepare("cpu"), full_range(3, 3, 5, 96)
+    assert launch.is_prepared(p.gate)
+    assert torch.equal(dual_gemm(x, p, out_dtype=F16), expected(x, p, F16))
+    assert len(cuda.made) == 1
+
+
+def test_linear(cuda: FakeBlackwell) -> None:
+    w, x, bias = full_range(1, 72, 96), full_range(3, 5, 96), torch.randn(72)
+    p = LinearWeight(w).prepare("cpu")
+    assert torch.equal(linear(x, p, out_dtype=F16), reference.linear(x, w, out_dtype=F16))
+    assert torch.equal(linear(x, p, bias=bias, out_dtype=BF16), reference.linear(x, w, bias=bias, out_dtype=BF16))
+    assert [made.spec.dual for made in cuda.made] == [False, False]
+
+
+def test_the_operator_runs_it_too(cuda: FakeBlackwell) -> None:
+    """As torch.compile and modes see it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        seen: list[str] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    p, x = pair(72, 96).prepare("cpu"), launch.prepared(full_range(3, 5, 96))
+    with Watch() as mode:
+        got = dual_gemm(x, p, out_dtype=F16)
+    assert "glu4.dual_gemm.default" in mode.seen
+    assert torch.equal(got, expected(x, p, F16))
+    assert len(cuda.made) == 1
+
+
+def test_unprepared_weights_are_arranged_by_their_first_call_and_tuples_by_each(cuda: FakeBlackwell) -> None:
+    w, x = pair(72, 96), full_range(3, 5, 96)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dual_gemm(x, w)
+    assert launch.is_prepared(w.gate)
+    held = w.gate.block_scale.data_ptr()
+    dual_gemm(x, w)
+    assert w.gate.block_scale.data_ptr() == held
+    other = pair(72, 96)
+    with pytest.warns(UserWarning, match=r"packed again at every call; use GatedWeights\(gate, up\).prepare"):
+        got = dual_gemm(x, (other.gate, other.up), out_dtype=F16)
+    assert torch.equal(got, expected(x, other, F16))
+
+
+def test_weights_are_not_arranged_while_a_graph_is_captured(cuda: FakeBlackwell, monkeypatch: pytest.MonkeyPatch) -> None:
+    import glu4.weights
+
+    monkeypatch.setattr(glu4.weights, "_capturing", lambda device: True)
+    with pytest.raises(UnsupportedError, match="a CUDA graph is being captured, and these are not packed yet; prepare"):
+        dual_gemm(full_range(3, 5, 96), pair(72, 96))
+
+
+@pytest.mark.parametrize("k", [48, 96])
+def test_what_else_is_done_with_prepared_weights(cuda: FakeBlackwell, k: int) -> None:
+    """State, shards, copies and pickles hold the same values; files have linear scales and dense rows."""
+    w = pair(64, k)
+    p, x = w.prepare("cpu"), full_range(3, 5, k)
+    state = p.state_dict()
+    assert all(torch.equal(v.float(), w.state_dict()[key].float()) for key, v in state.items())
+    assert all(v.is_contiguous() for v in state.values())
+    assert torch.equal(GatedWeights.from_state_dict(state).gate.dequantize(), w.gate.dequantize())
+    assert torch.equal(p.shard(1, 2).gate.dequantize(), w.shard(1, 2).gate.dequantize())
+    for copied in (deepcopy(p), pickle.loads(pickle.dumps(p))):
+        assert torch.equal(dual_gemm(x, copied, out_dtype=F16), expected(x, w, F16))
+    assert torch.equal(dual_gemm(x, p, backend="portable"), dual_gemm(x, w, backend="portable"))
+    freed = w.prepare("cpu", free_original=True)
+    assert torch.equal(dual_gemm(x, freed, out_dtype=F16), expected(x, p, F16))
+
+
+# ---- what runs where ----
+
+
+def test_explain(cuda: FakeBlackwell) -> None:
+    e = explain(Problem(1, 8, 16), "cpu")
+    assert e.chosen == "blackwell"
+    assert "blackwell: yes, block-scaled tensor cores, weights as prepare arranges them; executed in emulation only" in str(e)
+    assert "hopper: no, needs a GPU of compute capability 9.0" in str(e)
+    for kind, reason in (
+        (
+            {"x_format": "float16"},
+            "blackwell: no, float16 activations: the block-scaled MMA takes 4-bit operands on both sides",
+        ),
+        ({"out_dtype": torch.float32}, "blackwell: no, float32 output: the kernel writes float16 or bfloat16"),
+    ):
+        e = explain(Problem(1, 8, 16, **kind), "cpu")  # type: ignore[arg-type]
+        assert e.chosen == "portable"
+        assert reason in str(e)
+    grouped = explain(GroupedProblem(1, 2, 8, 16), "cpu")
+    assert grouped.chosen == "portable"
+    assert "blackwell: no, grouped problems have no Blackwell kernel yet" in str(grouped)
+
+
+def test_float_tokens_and_groups_fall_to_the_portable_backend(cuda: FakeBlackwell) -> None:
+    p, x = pair(72, 96).prepare("cpu"), torch.randn(5, 96, dtype=F16)
+    assert torch.equal(dual_gemm(x, p), dual_gemm(x, p, backend="portable"))
+    with pytest.raises(UnsupportedError, match="backend blackwell: float16 activations: the block-scaled MMA takes 4-bit"):
+        dual_gemm(x, p, backend="blackwell")
+    stack = pair(2, 72, 96)
+    offsets = torch.tensor([0, 2, 5], dtype=torch.int32)
+    tokens = full_range(3, 5, 96)
+    got = grouped_dual_gemm(tokens, stack.prepare("cpu"), offsets, out_dtype=F16)
+    assert torch.equal(got, grouped_dual_gemm(tokens, stack, offsets, out_dtype=F16, backend="portable"))
+    assert not cuda.made
+
+
+def test_insisting_on_it_elsewhere() -> None:
+    assert "blackwell: no, needs a GPU of compute capability 10.0 or 10.3" in str(explain(Problem(1, 8, 16), "cpu"))
+    with pytest.raises(UnsupportedError, match=r"backend blackwell: needs a GPU of compute capability 10.0 or 10.3"):
+        dual_gemm(full_range(3, 5, 16), pair(8, 16), backend="blackwell")
+
+
+@pytest.mark.parametrize(("capability", "arch"), [((10, 0), "sm_100a"), ((10, 3), "sm_103a"), ((9, 0), None), ((12, 0), None)])
+def test_devices_are_known_by_their_capability(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], arch: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launch, "_capability", lambda index: capability)
+    assert launch.architecture(torch.device("cuda")) == arch
+    assert launch.is_blackwell(torch.device("cuda", 1)) is (arch is not None)
+    assert launch.architecture(torch.device("cpu")) is None
+
+
+# ---- kernels that are missing ----
+
+
+def test_without_kernels_it_says_what_to_do(bare: FakeBlackwell) -> None:
+    missing = "its kernels are not compiled here; run glu4 compile --arch sm_100a"
+    assert f"blackwell: no, {missing}" in str(explain(Problem(1, 8, 16), "cpu"))
+    w, x = pair(8, 32), full_range(3, 5, 32)
+    with pytest.warns(UserWarning, match=f"this is a Blackwell GPU, but the portable backend .* many times slower: {missing}"):
+        p = w.prepare("cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(dual_gemm(x, p, out_dtype=F16), dual_gemm(x, w, out_dtype=F16, backend="portable"))
+    with pytest.raises(UnsupportedError, match=f"backend blackwell: {missing}"):
+        dual_gemm(x, p, backend="blackwell")
+
+
+@pytest.mark.parametrize("arch", ["sm_100a", "sm_103a"])
+def test_kernels_are_compiled_at_first_use_where_that_is_possible(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arch: str
+) -> None:
+    made: list[KernelSpec] = []
+
+    def compile_missing(specs: Sequence[KernelSpec], on_done: Callable[[str], None]) -> int:
+        for spec in specs:
+            on_done(spec.name)
+        made.extend(specs)
+        return len(specs)
+
+    with fake_blackwell(monkeypatch, found=lambda spec: compiled(spec) if spec in made else None, arch=arch):
+        monkeypatch.setattr(store, "installed_dsl", lambda: store.DSL_VERSION)
+        monkeypatch.setattr(store, "compile_missing", compile_missing)
+        assert "not compiled yet; the first call compiles them" in str(explain(Problem(1, 8, 16), "cpu"))
+        w, x = pair(8, 32), full_range(3, 5, 32)
+        assert torch.equal(dual_gemm(x, w, out_dtype=F16, backend="blackwell"), expected(x, w, F16))
+        assert made == launch.shipped(True, arch)
+        assert f"compiling {len(made)} dual_gemm kernels, once (glu4 compile --arch {arch} does it" in capsys.readouterr().err
+
+
+def test_compiling_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, bare: FakeBlackwell) -> None:
+    def fail(specs: object, on_done: object) -> int:
+        raise UnsupportedError("GLU4_CACHE_DIR is off, so there is nowhere to put a compiled kernel")
+
+    monkeypatch.setattr(store, "installed_dsl", lambda: store.DSL_VERSION)
+    monkeypatch.setattr(store, "compile_missing", fail)
+    with pytest.raises(
+        UnsupportedError, match="backend blackwell: its kernels are not compiled here, and cannot be: GLU4_CACHE"
+    ):
+        dual_gemm(full_range(3, 5, 32), pair(8, 32), backend="blackwell")
