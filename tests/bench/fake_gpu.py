@@ -18,6 +18,7 @@ class FakeGpu:
         self.now = 0.0
         self.tick = tick
         self.lost = False
+        self.rests: list[float] = []
 
     def spend(self, ms: float) -> None:
         self.now += ms
@@ -31,6 +32,9 @@ class FakeGpu:
         self.now += self.tick
         work()
         return self.now - start
+
+    def rest(self, seconds: float) -> None:
+        self.rests.append(seconds)
 
     def alive(self) -> bool:
         return not self.lost

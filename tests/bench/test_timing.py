@@ -11,6 +11,7 @@ from bench.fake_gpu import FakeGpu
 from glu4.bench.timing import (
     COLD_BYTES,
     REPLAY_MS,
+    REST_S,
     TIMED,
     TURNS,
     WARM_UPS,
@@ -54,6 +55,7 @@ def test_contenders_take_turns() -> None:
     assert list(found) == ["a", "b", "c"]
     turn = WARM_UPS + TIMED
     assert log[-3 * TURNS * turn :] == (["a"] * turn + ["b"] * turn + ["c"] * turn) * TURNS
+    assert gpu.rests == [REST_S] * 3 * TURNS
 
 
 def test_warm_ups_do_not_count_and_the_median_and_minimum_are_of_the_rest() -> None:
@@ -62,7 +64,7 @@ def test_warm_ups_do_not_count_and_the_median_and_minimum_are_of_the_rest() -> N
     lengths = iter([8.0] * 3 + ([100.0] * WARM_UPS + [8.0 + i * i / 10 for i in range(TIMED)]) * TURNS)
     found = interleaved({"a": [lambda: gpu.spend(next(lengths))]}, gpu)["a"]
     assert isinstance(found, Timing)
-    assert found.us == pytest.approx(30500)  # i = 15
+    assert found.us == pytest.approx(48000)  # i = 20
     assert found.us_min == pytest.approx(8000)
 
 

@@ -2,9 +2,9 @@
 
 A contender is a list of calls, one for each copy of its operands. Its calls are captured in one CUDA graph, as many rounds over
 the copies as take about `REPLAY_MS`. In its turn a contender's graph is replayed `WARM_UPS` times untimed and `TIMED` times
-timed, on end: large problems run at the power limit, and the clock takes 0.3 s to settle to what the running kernel draws
-(docs/benchmarks.md has the measurement). Each has `TURNS` turns. A call's time is a replay's, by CUDA events, divided by the number of
-calls in it.
+timed, on end, after a rest of `REST_S`: large problems run at the power limit, where the clock takes 0.3 s to settle to what
+the running kernel draws, and a chip that others have warmed draws more (docs/benchmarks.md has the measurement). Each has
+`TURNS` turns. A call's time is a replay's, by CUDA events, divided by the number of calls in it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 __all__ = [
     "COLD_BYTES",
     "REPLAY_MS",
+    "REST_S",
     "TIMED",
     "TURNS",
     "WARM_UPS",
@@ -33,8 +34,9 @@ __all__ = [
 ]
 
 REPLAY_MS = 8.0
-WARM_UPS = 60
-TIMED = 31
+REST_S = 0.4
+WARM_UPS = 40
+TIMED = 41
 TURNS = 2
 COLD_BYTES = 200_000_000  # copies of one contender in all: four times the 50 MB of L2 of an H100 or H200
 HANG_S = 20.0
@@ -64,11 +66,13 @@ class Recorder(Protocol):
 
     capture  record `work` once, so that the returned function repeats it
     elapsed  milliseconds that `work` takes on the device; raises TimeoutError when it does not end
+    rest     leave the device alone for some seconds
     alive    whether the device still answers after an error
     """
 
     def capture(self, work: Call) -> Call: ...
     def elapsed(self, work: Call) -> float: ...
+    def rest(self, seconds: float) -> None: ...
     def alive(self) -> bool: ...
 
 
@@ -100,6 +104,9 @@ class Cuda:
         self._end.record()
         self._wait()
         return float(self._start.elapsed_time(self._end))
+
+    def rest(self, seconds: float) -> None:
+        time.sleep(seconds)
 
     def _wait(self) -> None:
         deadline = time.monotonic() + self._hang_s
@@ -180,6 +187,7 @@ def interleaved(contenders: Mapping[str, Sequence[Call]], recorder: Recorder) ->
     going = all(guarded(name, lambda: prepare(name, calls)) for name, calls in contenders.items())  # noqa: B023
     for _ in range(TURNS):
         for name, runner in list(runners.items()):
+            recorder.rest(REST_S)
             for i in range(WARM_UPS + TIMED):
                 if going and name in runners:
                     going = guarded(name, lambda: replay(runner, i >= WARM_UPS))  # noqa: B023

@@ -211,8 +211,8 @@ def cost(config: Config, problem: Problem, processors: int = 132) -> float:
     step = max(config.rows * (55 + 2.05 * config.tokens), 115 + 2.05 * config.tokens)
     steps = _ceil_div(_ceil_div(problem.k, TILE_K), config.splits)
     cycles = _ceil_div(ctas, processors) * (steps * step + 5000 + 2500 * (config.splits > 1))
-    # multicast saves power where several waves run, and costs a start in step
-    return cycles * (1.0 if config.cluster == 1 else 0.985 if ctas > processors else 1.01)
+    # multicast saves power where many waves run (1 % of 8), and costs a start in step (1.5 % of two waves)
+    return cycles * (1.0 if config.cluster == 1 else 0.985 if ctas > 4 * processors else 1.01)
 
 
 def candidates(problem: Problem, processors: int = 132) -> Iterator[Config]:
