@@ -9,7 +9,7 @@ import torch
 
 from bench.fake_gpu import right
 from glu4.activation import SILU
-from glu4.bench.operands import FORMATS, SAMPLE_COLS, Operands, _spread, draw, replica
+from glu4.bench.operands import FORMATS, SAMPLE_COLS, Operands, draw, replica, spread
 from glu4.reference import preactivation, round_once
 
 
@@ -83,7 +83,7 @@ def test_wrong_outputs_do_not_pass(operands: Operands, fault, specified: bool) -
 def test_one_wrong_element_is_found_outside_the_sample(operands: Operands) -> None:
     big = draw(3, 600, 32, "cpu")
     output = right(big, "float16")
-    columns = sorted(set(range(600)) - set(_spread(600, SAMPLE_COLS).tolist()))
+    columns = sorted(set(range(600)) - set(spread(600, SAMPLE_COLS).tolist()))
     # so small that no norm of the whole sees it
     small = 1e-5 * float(output.double().norm())
     at = int((output[0, columns].abs() - small).abs().argmin())
@@ -105,7 +105,7 @@ def test_a_wrong_form_is_said(operands: Operands) -> None:
 
 @pytest.mark.parametrize(("size", "count"), [(1, 16), (5, 16), (16, 16), (7168, 16), (4096, 256)])
 def test_samples_are_spread_from_end_to_end(size: int, count: int) -> None:
-    found = _spread(size, count).tolist()
+    found = spread(size, count).tolist()
     assert found == sorted(set(found))
     assert found[0] == 0
     assert found[-1] == size - 1

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from bench.fake_gpu import FakeGpu, contender, right
 from glu4.bench import operands as operands_module
+from glu4.bench.timing import TIMED, TURNS
 from glu4.cli import app
 
 RUNNER = CliRunner()
@@ -78,7 +79,7 @@ def test_pictures_are_drawn_from_a_recorded_run(tmp_path: Path) -> None:
         (["--shape", "1,64"], "shape: expected M,N,K, K a multiple of 16, got '1,64'"),
         (["--shape", "1,64,100"], "shape: expected M,N,K, K a multiple of 16, got '1,64,100'"),
         (["--shape", "0,64,16"], "shape: expected M,N,K, K a multiple of 16, got '0,64,16'"),
-        (["--suite", "group"], "suite: expected seed, decode or all, got 'group'"),
+        (["--suite", "group"], "suite: expected seed, decode, all, grouped-seed, moe, or several with commas, got 'group'"),
         (["--activation-format", "fp8"], "activation-format: expected one of float16, bfloat16, nvfp4, got 'fp8'"),
         ([], "bench times kernels on a CUDA device, and there is none; --from reports a recorded run"),
     ],
@@ -135,7 +136,7 @@ def test_a_run_prints_and_writes_what_it_measured(gpu: FakeGpu, tmp_path: Path) 
         ("glu4", 1, "abc1234"),
         ("quick", 1, "abc1234"),
     ]
-    assert all(r["us"] > 0 and r["samples"] == 30 for r in document["rows"])
+    assert all(r["us"] > 0 and r["samples"] == TIMED * TURNS for r in document["rows"])
     lines = result.stdout.splitlines()
     assert lines[1].split()[0] == "8,64,64"
     assert lines[1].endswith("quick")
@@ -147,6 +148,63 @@ def test_shapes_of_ones_own_take_the_suites_place(gpu: FakeGpu, tmp_path: Path) 
     path = tmp_path / "x.json"
     assert invoke("--shape", "2,32,48", "--shape", "3,32,48", "--output", str(path)).exit_code == 0
     assert [(r["m"], r["n"], r["k"]) for r in json.loads(path.read_text())["rows"][::2]] == [(2, 32, 48), (3, 32, 48)]
+
+
+def test_grouped_suites_beside_dense_ones(gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dry run of what runs on the H100: glu4's own grouped call on the CPU, and peers by the kind of their operands."""
+    from glu4.bench import grouped, peers, run, suites, timing
+
+    for name, value in (("WARM_UPS", 1), ("TIMED", 2), ("COLD_BYTES", 5_000)):
+        monkeypatch.setattr(timing, name, value)
+    cases = (grouped.GroupedShape("E3 x2 N16 K32", 16, 32, (2, 0, 2)), grouped.GroupedShape("E3 zipf", 16, 32, None, 3, 4, 2))
+    monkeypatch.setattr(suites, "GROUPED_SUITES", {"moe": cases, "grouped-seed": cases[:1]})
+    drawn = grouped.draw_grouped
+    monkeypatch.setattr(run, "draw_grouped", lambda shape, device, seed: drawn(shape, "cpu", seed))
+
+    def select(names: str, grouped: bool = False) -> list[Any]:
+        if not grouped:
+            return [contender("quick", gpu, 0.5)]
+        return [contender("loop", gpu, 2.0), contender("absent", gpu, missing=lambda: "no such library")]
+
+    monkeypatch.setattr(peers, "select", select)
+    path = tmp_path / "x.json"
+    result = invoke("--suite", "moe,grouped-seed", "--output", str(path), "--activation-format", "nvfp4")
+    assert result.exit_code == 0, result.output
+    document = json.loads(path.read_text())
+    assert [(r["case"], r["peer"], r["m"], r["experts"]) for r in document["rows"]] == [
+        ("E3 x2 N16 K32", "glu4", 4, 2),
+        ("E3 x2 N16 K32", "loop", 4, 2),
+        ("E3 zipf", "glu4", 8, 3),
+        ("E3 zipf", "loop", 8, 3),
+    ]
+    assert document["rows"][0]["x_format"] == "nvfp4"
+    assert document["left_out"] == {"absent": "no such library"}
+    assert document["clocks"][-1]["when"] == "after E3 zipf"
+    lines = result.stdout.splitlines()
+    assert lines[0].split()[0] == "case"
+    assert [line[:26].strip() for line in lines[1:3]] == ["E3 x2 N16 K32", "E3 zipf"]
+    assert lines[1].endswith("loop")
+    assert invoke("--from", str(path)).stdout.splitlines()[:3] == lines[:3]
+    both = json.loads(invoke("--suite", "seed,moe", "--json").stdout)
+    assert [(r["peer"], r.get("case", "")) for r in both["rows"]][:3] == [
+        ("glu4", ""),
+        ("quick", ""),
+        ("glu4", "E3 x2 N16 K32"),
+    ]
+
+
+@pytest.mark.parametrize("form", ["png", "html"])
+def test_pictures_of_grouped_cases(form: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the report extra")
+    document = json.loads(SECOND.read_text())
+    for row in document["rows"]:
+        row |= {"case": f"E8 {row['m']}", "experts": 8}
+    (tmp_path / "in.json").write_text(json.dumps(document))
+    path = tmp_path / f"x.{form}"
+    assert invoke("--from", str(tmp_path / "in.json"), "--picture", str(path)).exit_code == 0
+    assert path.stat().st_size > 10_000
+    if form == "html":
+        assert "E8 256" in path.read_text()
 
 
 def test_roofs_are_measured_on_demand(gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from glu4.bench.operands import Operands
-from glu4.problem import Problem
+from glu4.problem import GroupedProblem, Problem
 
-__all__ = ["Contender", "Row"]
+__all__ = ["Contender", "Row", "Shape"]
 
+Shape = tuple[int, int, int] | tuple[int, int, int, str]
 Weights = Literal["nvfp4", "16-bit"]
 
 
@@ -53,7 +54,8 @@ class Contender:
 @dataclass(frozen=True)
 class Row:
     """One contender on one shape. us, us_min: microseconds a call, median and minimum of `samples` replays; None when it was
-    not timed, and `note` says why. limit_us: of `glu4 roofline`, with NVFP4 weights whatever the contender holds."""
+    not timed, and `note` says why. limit_us: of `glu4 roofline`, with NVFP4 weights whatever the contender holds. case: of a
+    grouped case its name, of whose m tokens `experts` experts have some; empty for a dense shape."""
 
     peer: str
     m: int
@@ -73,14 +75,20 @@ class Row:
     fro_rel_err: float | None = None
     samples: int = 0
     note: str = ""
+    case: str = ""
+    experts: int = 0
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.m, self.n, self.k
+    def shape(self) -> Shape:
+        """What tells problems apart: the sizes, and a grouped case's name."""
+        return (self.m, self.n, self.k, self.case) if self.case else (self.m, self.n, self.k)
 
     @property
-    def problem(self) -> Problem:
-        return Problem(self.m, self.n, self.k, x_format=self.x_format or "float16")
+    def problem(self) -> Problem | GroupedProblem:
+        x_format = self.x_format or "float16"
+        if self.case:
+            return GroupedProblem(self.m, self.experts, self.n, self.k, x_format=x_format)
+        return Problem(self.m, self.n, self.k, x_format=x_format)
 
     @property
     def tflops(self) -> float | None:
@@ -93,7 +101,8 @@ class Row:
         None too where the row does not say what it holds."""
         if not (self.us and self.weights):
             return None
-        more = 2 * self.n * (2 * self.k - self.k * 9 // 16) if self.weights == "16-bit" else 0
+        matrices = 2 * (self.experts if self.case else 1)
+        more = matrices * self.n * (2 * self.k - self.k * 9 // 16) if self.weights == "16-bit" else 0
         return (self.problem.bytes + more) / self.us * 1e-3
 
     @property
@@ -105,6 +114,8 @@ class Row:
         """For JSON, without what is empty; `us` and `us_min` are always there."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
         stored = {k: v for k, v in finite.items() if k in ("us", "us_min") or v not in (None, "")}
+        if not self.case:
+            del stored["experts"]
         computed = {"tflops": self.tflops, "gb_s": self.gb_s, "percent_of_limit": self.percent_of_limit}
         return stored | {k: round(v, 1) for k, v in computed.items() if v is not None}
 

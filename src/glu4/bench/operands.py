@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from glu4.verify.case import Block, Case
 from glu4.verify.checker import check
 from glu4.verify.metrics import block_terms
 
-__all__ = ["DATA", "FORMATS", "Checked", "Operands", "draw", "replica"]
+__all__ = ["DATA", "FORMATS", "Checked", "Operands", "draw", "replica", "spread"]
 
 DATA = (
     "Data: normal activations, rounded to each contender's own format; weights normal with standard deviation 0.25 in NVFP4 "
@@ -109,20 +110,25 @@ class Operands:
 
     def _outside(self, out: Tensor, x_format: str) -> str:
         """What the element bounds of `glu4.verify.metrics` say of the whole output; empty when all are kept."""
-        x = self.x(x_format, 1)[0]
-        for start in range(0, self.m, ROWS_AT_ONCE):
-            rows = slice(start, min(start + ROWS_AT_ONCE, self.m))
-            part = x.narrow_rows(start, rows.stop - start) if isinstance(x, NVFP4Tensor) else x[rows]
-            terms = block_terms(Block(rows, slice(0, self.n), part, self.gate, self.up, None, None), SILU)
+        for block in self._blocks(x_format):
+            terms, rows = block_terms(block, SILU), block.rows
             low, high = (reference.round_once(terms.value + d, out.dtype) for d in (-terms.bound, terms.bound))
             count = int((~((out[rows] >= low) & (out[rows] <= high))).sum())
             if count:
                 return f"{count} elements of rows {rows.start} to {rows.stop - 1} cannot be right"
         return ""
 
+    def _blocks(self, x_format: str) -> Iterator[Block]:
+        """The call in parts of at most ROWS_AT_ONCE rows, each with one gate and one up matrix."""
+        x = self.x(x_format, 1)[0]
+        for start in range(0, self.m, ROWS_AT_ONCE):
+            rows = slice(start, min(start + ROWS_AT_ONCE, self.m))
+            part = x.narrow_rows(start, rows.stop - start) if isinstance(x, NVFP4Tensor) else x[rows]
+            yield Block(rows, slice(0, self.n), part, self.gate, self.up, None, None)
+
     def _sample(self, out: Tensor, x_format: str) -> str:
         """What the checker says of rows and columns spread over the output; it is the sharp one and runs on the CPU."""
-        rows, cols = _spread(self.m, SAMPLE_ROWS), _spread(self.n, SAMPLE_COLS)
+        rows, cols = spread(self.m, SAMPLE_ROWS), spread(self.n, SAMPLE_COLS)
         x = self.x(x_format, 1)[0]
         case = Case("measured shape", 0, x, self.gate, self.up, out_dtype=out.dtype).to("cpu").sample(rows, cols)
         verdict = check(case, out.cpu()[rows][:, cols])
@@ -133,7 +139,7 @@ def _largest(t: Tensor) -> Tensor:
     return t.abs().amax() if t.numel() else t.new_zeros(())
 
 
-def _spread(size: int, count: int) -> Tensor:
+def spread(size: int, count: int) -> Tensor:
     """At most `count` different indices from 0 to size - 1, both ends among them, and no two in step with a tile size."""
     return torch.tensor(sorted({round(i * (size - 1) / max(1, count - 1)) for i in range(count)}))
 

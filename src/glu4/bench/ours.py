@@ -14,12 +14,13 @@ from glu4.activation import SILU
 from glu4.backends.hopper import launch, tuned
 from glu4.backends.hopper.config import SHIPPED, Config, legal
 from glu4.bench.contender import Contender
+from glu4.bench.grouped import GroupedOperands
 from glu4.bench.operands import Operands
 from glu4.bench.timing import copies
 from glu4.nvfp4 import NVFP4Tensor
 from glu4.problem import Problem
 
-__all__ = ["Prepared", "contenders", "fits", "single"]
+__all__ = ["Prepared", "contenders", "fits", "grouped_contenders", "single"]
 
 
 def _clone(w: NVFP4Tensor) -> NVFP4Tensor:
@@ -76,6 +77,32 @@ def _insisted(held: Prepared, x_format: str, config: Config) -> list[Callable[[]
         return call
 
     return [call_with(x, w) for x, w in zip(operands.x(x_format, count), held.weights(count))]
+
+
+def _grouped(operands: GroupedOperands, x_format: str) -> list[Callable[[], Tensor]]:
+    """The public grouped call with prepared weights and a given output."""
+    problem = operands.problem(x_format)
+    explanation = glu4.explain(problem, operands.gate.device)
+    if operands.gate.device.type == "cuda" and explanation.chosen == "portable":
+        raise RuntimeError(
+            "the portable backend reads the offsets on the host, which no CUDA graph can hold; " + str(explanation)
+        )
+    count = copies(problem.bytes - operands.m * operands.n * problem.out_dtype.itemsize)
+    out = operands.out(x_format)
+
+    def call_with(x: Tensor | NVFP4Tensor, weights: GatedWeights) -> Callable[[], Tensor]:
+        return lambda: glu4.grouped_dual_gemm(x, weights, operands.offsets, out=out)
+
+    held = [
+        GatedWeights(_clone(operands.gate), _clone(operands.up)).prepare(operands.gate.device, free_original=True)
+        for _ in range(count)
+    ]
+    return [call_with(x, w) for x, w in zip(operands.x(x_format, count), held)]
+
+
+def grouped_contenders(operands: GroupedOperands, x_format: str) -> list[Contender]:
+    """What a user gets of the grouped operation."""
+    return [Contender("glu4", "nvfp4", x_format, 1, lambda _: _grouped(operands, x_format), specified=True)]
 
 
 def single(held: Prepared, config: Config, x_format: str) -> Contender:

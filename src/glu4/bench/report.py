@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from glu4.bench.contender import Row
+from glu4.bench.contender import Row, Shape
 
 __all__ = ["Line", "Recorded", "best_peer", "chosen", "document", "joined", "lines", "off_reference", "read", "reference"]
 
@@ -30,7 +30,7 @@ def reference(device: str) -> dict[tuple[str, int, int, int], float]:
 class Line:
     """One shape: glu4's row and the fastest peer's, None where nothing was timed."""
 
-    shape: tuple[int, int, int]
+    shape: Shape
     ours: Row | None
     peer: Row | None
 
@@ -42,17 +42,17 @@ class Line:
         return self.peer.us / self.ours.us
 
 
-def shapes(rows: Iterable[Row]) -> list[tuple[int, int, int]]:
+def shapes(rows: Iterable[Row]) -> list[Shape]:
     """The shapes of a run, each once, in its order."""
     return list(dict.fromkeys(row.shape for row in rows))
 
 
-def chosen(rows: Sequence[Row], shape: tuple[int, int, int]) -> Row | None:
+def chosen(rows: Sequence[Row], shape: Shape) -> Row | None:
     """glu4's row that a user gets, when it was timed."""
     return next((r for r in rows if r.peer == "glu4" and r.chosen and r.shape == shape and r.us), None)
 
 
-def best_peer(rows: Sequence[Row], shape: tuple[int, int, int]) -> Row | None:
+def best_peer(rows: Sequence[Row], shape: Shape) -> Row | None:
     """The fastest peer's row, by median."""
     timed = [r for r in rows if r.peer != "glu4" and r.shape == shape and r.us]
     return min(timed, key=lambda r: r.us or 0.0, default=None)
@@ -68,7 +68,7 @@ def off_reference(rows: Sequence[Row], device: str) -> list[str]:
     known = reference(device)
     found = []
     for row in rows:
-        before = known.get((row.peer, *row.shape))
+        before = None if row.case else known.get((row.peer, row.m, row.n, row.k))
         if before is None or not row.us:
             continue
         percent = 100 * (row.us / before - 1)

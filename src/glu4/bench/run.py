@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,11 +12,13 @@ import glu4
 from glu4.bench import ours
 from glu4.bench.contender import Contender, Row
 from glu4.bench.devices import Device
+from glu4.bench.grouped import GroupedOperands, GroupedShape, draw_grouped
 from glu4.bench.operands import DATA, FORMATS, Checked, Operands, draw
 from glu4.bench.roofline import limit
 from glu4.bench.timing import (
     COLD_BYTES,
     REPLAY_MS,
+    REST_S,
     TIMED,
     TURNS,
     WARM_UPS,
@@ -32,9 +35,11 @@ __all__ = ["METHOD", "Lost", "Settings", "measure_shape", "run"]
 METHOD = (
     "Each contender: one CUDA graph over round-robin copies of weights and activations, at least two and at least "
     f"{COLD_BYTES // 10**6} MB in all, for a cold L2, in as many rounds as take about {REPLAY_MS:g} ms; {WARM_UPS} warm-up "
-    f"replays and {TIMED} timed ones on end, {TURNS} turns each; median and minimum, divided by the number of calls. "
+    f"replays and {TIMED} timed ones on end after {REST_S:g} s of rest, {TURNS} turns each; median and minimum, divided by the "
+    "number of calls. "
     "Preparing weights is not timed; decoding NVFP4 activations is. Outputs are checked before timing: fused ones by the "
-    "project's checker, those of peers that round in between by the norm of their error. " + DATA
+    "project's checker, those of peers that round in between by the norm of their error. " + DATA + " Grouped cases: tokens "
+    "sorted by expert, offsets on the device; every expert's gate and up have different global scales of 1/2, 1 or 2."
 )
 
 
@@ -48,7 +53,8 @@ class Lost(RuntimeError):
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure. x_format: glu4's activations; configs: see `ours.contenders`; commit and variant: for the rows."""
+    """What to measure, dense shapes and grouped cases. x_format: glu4's activations; configs: see `ours.contenders`; commit and
+    variant: for the rows."""
 
     shapes: Sequence[tuple[int, int, int]]
     x_format: str = "float16"
@@ -56,6 +62,7 @@ class Settings:
     commit: str = ""
     variant: str = ""
     seed: int = 0
+    grouped: Sequence[GroupedShape] = ()
 
     def __post_init__(self) -> None:
         if self.x_format not in FORMATS:
@@ -66,6 +73,7 @@ def _row(contender: Contender, operands: Operands, settings: Settings, device: D
     """A contender's row before it is measured."""
     problem = operands.problem(contender.x_format)
     is_ours = contender.name == "glu4"
+    case, experts = (operands.case, operands.active) if isinstance(operands, GroupedOperands) else ("", 0)
     return Row(
         contender.name,
         *(operands.m, operands.n, operands.k),
@@ -79,6 +87,8 @@ def _row(contender: Contender, operands: Operands, settings: Settings, device: D
         weights=contender.weights,
         backend=glu4.explain(problem, operands.gate.device).chosen if is_ours else "",
         limit_us=round(limit(problem, device).time_s * 1e6, 3),
+        case=case,
+        experts=experts,
     )
 
 
@@ -132,9 +142,19 @@ def run(
     recorder: Recorder,
     on: torch.device | str = "cuda",
     others: Sequence[Contender] = (),
+    grouped_others: Sequence[Contender] = (),
 ) -> Iterator[list[Row]]:
-    """The rows of every shape in turn, glu4 and `others`. Raises Lost, with the rows of the shape it happened in."""
+    """The rows of every shape and then of every grouped case in turn, glu4 and `others`. Raises Lost, with the rows of the
+    shape it happened in."""
     for m, n, k in settings.shapes:
         operands = draw(m, n, k, on, settings.seed)
         mine = ours.contenders(operands, settings.x_format, settings.configs)
         yield measure_shape(operands, [*mine, *others], recorder, settings, device)
+    for shape in settings.grouped:
+        case = draw_grouped(shape, on, settings.seed)
+        mine = ours.grouped_contenders(case, settings.x_format)
+        yield measure_shape(case, [*mine, *grouped_others], recorder, settings, device)
+        del case, mine  # gigabytes, which the next case needs
+        if torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.empty_cache()

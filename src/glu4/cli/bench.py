@@ -13,15 +13,18 @@ import typer
 from glu4.cli.output import JsonOption, console, emit_json, error_line, progress
 
 if TYPE_CHECKING:
-    from glu4.bench.contender import Row
+    from glu4.bench.contender import Row, Shape
+    from glu4.bench.grouped import GroupedShape
     from glu4.bench.report import Line, Recorded
     from glu4.bench.run import Settings
 
 __all__ = ["command"]
 
-_HEADER = f"{'M,N,K':>15} {'us (min)':>15} {'TFLOP/s':>8} {'GB/s':>6} {'% limit':>8}  x best peer"
+_NARROW, _WIDE = 15, 26  # columns of M,N,K and of a grouped case's name
 
-SuiteOption = Annotated[str, typer.Option("--suite", metavar="NAME", help="seed, decode or all (both).")]
+SuiteOption = Annotated[
+    str, typer.Option("--suite", metavar="NAMES", help="seed, decode, all (both), grouped-seed or moe; several with commas.")
+]
 ShapeOption = Annotated[
     list[str] | None, typer.Option("--shape", metavar="M,N,K", help="A shape of your own instead of a suite; repeat it.")
 ]
@@ -79,8 +82,8 @@ def command(
         found = joined([read(path) for path in recorded])
         good, lost = _report(found, details, json), False
     else:
-        shapes = [_shape(text) for text in shape] if shape else _suite(suite)
-        settings = Settings(shapes, activation_format, configs, commit or machine.commit(), variant, seed)
+        shapes, cases = ([_shape(text) for text in shape], []) if shape else _suites(suite)
+        settings = Settings(shapes, activation_format, configs, commit or machine.commit(), variant, seed, cases)
         found, good, lost = _measure(settings, peers, output, rooflines, details, json)
     if picture is not None:
         draw(found, picture)
@@ -91,15 +94,20 @@ def command(
         raise typer.Exit(1)
 
 
-def _suite(name: str) -> list[tuple[int, int, int]]:
-    from glu4.bench.suites import SUITES
+def _suites(names: str) -> tuple[list[tuple[int, int, int]], list[GroupedShape]]:
+    """The dense shapes and the grouped cases of suites by name, each once."""
+    from glu4.bench.suites import GROUPED_SUITES, SUITES
     from glu4.verify.contest import DualShape
 
-    names = {"seed": ("seed",), "decode": ("decode",), "all": ("seed", "decode")}
-    if name not in names:
-        raise ValueError(f"suite: expected seed, decode or all, got {name!r}")
-    listed = [s for part in names[name] for s in SUITES[part] if isinstance(s, DualShape)]
-    return list(dict.fromkeys((s.m, s.n, s.k) for s in listed))
+    dense = {"seed": ("seed",), "decode": ("decode",), "all": ("seed", "decode")}
+    wanted = [name.strip() for name in names.split(",")]
+    for name in wanted:
+        if name not in dense and name not in GROUPED_SUITES:
+            raise ValueError(f"suite: expected {', '.join((*dense, *GROUPED_SUITES))}, or several with commas, got {name!r}")
+    parts = [part for name in wanted for part in dense.get(name, ())]
+    listed = [s for part in parts for s in SUITES[part] if isinstance(s, DualShape)]
+    cases = [case for name in wanted for case in GROUPED_SUITES.get(name, ())]
+    return list(dict.fromkeys((s.m, s.n, s.k) for s in listed)), list(dict.fromkeys(cases))
 
 
 def _shape(text: str) -> tuple[int, int, int]:
@@ -124,8 +132,9 @@ def _measure(
 
     if not torch.cuda.is_available():
         raise UnsupportedError("bench times kernels on a CUDA device, and there is none; --from reports a recorded run")
-    others = select(peers)
-    left_out = {peer.name: reason for peer in others if (reason := peer.missing()) is not None}
+    others = select(peers) if settings.shapes else []
+    of_groups = select(peers, grouped=True) if settings.grouped else []
+    left_out = {peer.name: reason for peer in (*others, *of_groups) if (reason := peer.missing()) is not None}
     environment = machine.environment() | {"commit": settings.commit, "seed": settings.seed, "left_out": left_out}
     name = environment["device"]
     path = _file(output, machine.slug(name), settings)
@@ -144,16 +153,18 @@ def _measure(
             path.write_text(json_module.dumps(document, indent=1) + "\n", encoding="utf-8")
         return report.Recorded(name, rows, roofs, {k: v for k, v in document.items() if k not in ("rows", "roofs")})
 
+    width = _WIDE if settings.grouped else _NARROW
     if not json:
-        console.print(_HEADER, highlight=False)
+        console.print(_header(width), highlight=False)
     try:
-        with progress("measuring", total=len(settings.shapes)) as advance:
-            for found in run(settings, device, recorder, others=[p for p in others if p.name not in left_out]):
+        with progress("measuring", total=len(settings.shapes) + len(settings.grouped)) as advance:
+            here = [[p for p in some if p.name not in left_out] for some in (others, of_groups)]
+            for found in run(settings, device, recorder, others=here[0], grouped_others=here[1]):
                 rows += found
                 clocks.append({"when": "after " + _size(found[0].shape), **machine.clocks()})
                 written()
                 if not json:
-                    _print_lines(found, details)
+                    _print_lines(found, details, width)
                 advance(1, "measured " + _size(found[0].shape))
     except Lost as error:
         rows += error.rows
@@ -177,8 +188,9 @@ def _file(output: Path | None, device: str, settings: Settings) -> Path | None:
 # ---- printing ----
 
 
-def _size(shape: tuple[int, int, int]) -> str:
-    return ",".join(map(str, shape))
+def _size(shape: Shape) -> str:
+    """M,N,K, or a grouped case's name."""
+    return shape[3] if len(shape) == 4 else ",".join(map(str, shape))
 
 
 def _report(found: Recorded, details: bool, json: bool, lines: bool = True) -> bool:
@@ -193,8 +205,9 @@ def _report(found: Recorded, details: bool, json: bool, lines: bool = True) -> b
         emit_json(document)
         return not bad
     if lines:
-        console.print(_HEADER, highlight=False)
-        _print_lines(found.rows, details)
+        width = _WIDE if any(row.case for row in found.rows) else _NARROW
+        console.print(_header(width), highlight=False)
+        _print_lines(found.rows, details, width)
     console.print(f"{found.device}, driver {found.setting.get('driver_version', 'unknown')}", highlight=False)
     if found.roofs:
         bandwidth, flops = found.roofs["bandwidth"] / 1e12, found.roofs["flops"] / 1e12
@@ -208,24 +221,29 @@ def _report(found: Recorded, details: bool, json: bool, lines: bool = True) -> b
     return not bad
 
 
-def _print_lines(rows: list[Row], details: bool) -> None:
+def _header(width: int) -> str:
+    first = "M,N,K" if width == _NARROW else "case"
+    return f"{first:>{width}} {'us (min)':>15} {'TFLOP/s':>8} {'GB/s':>6} {'% limit':>8}  x best peer"
+
+
+def _print_lines(rows: list[Row], details: bool, width: int) -> None:
     from glu4.bench.report import lines
 
     for line in lines(rows):
-        console.print(_line(line), highlight=False)
+        console.print(_line(line, width), highlight=False)
         if details:
             for row in (r for r in rows if r.shape == line.shape and r.us):
                 name = row.peer + (f" {row.config}{' *' if row.chosen else ''}" if row.config else "")
                 relative = "" if line.ours is None or not line.ours.us or not row.us else f"  x{row.us / line.ours.us:.2f} glu4"
-                console.print(f"{'':15} {row.us:8.1f} ({row.us_min:.1f})  {name}{relative}", highlight=False, markup=False)
+                console.print(f"{'':{width}} {row.us:8.1f} ({row.us_min:.1f})  {name}{relative}", highlight=False, markup=False)
 
 
-def _line(line: Line) -> str:
+def _line(line: Line, width: int) -> str:
     row = line.ours
     if row is None or row.us is None or row.us_min is None:
-        return f"{_size(line.shape):>15}  glu4 was not timed"
+        return f"{_size(line.shape):>{width}}  glu4 was not timed"
     times = f"{row.us:.1f} ({row.us_min:.1f})"
     gb_s = "" if row.gb_s is None else f"{row.gb_s:.0f}"
     percent = "" if row.percent_of_limit is None else f"{row.percent_of_limit:.0f}"
     peer = "no peer" if line.peer is None else f"{line.speed_up:.2f} {line.peer.peer}"
-    return f"{_size(line.shape):>15} {times:>15} {row.tflops:8.1f} {gb_s:>6} {percent:>8}  {peer}"
+    return f"{_size(line.shape):>{width}} {times:>15} {row.tflops:8.1f} {gb_s:>6} {percent:>8}  {peer}"

@@ -12,7 +12,7 @@ from glu4.bench.timing import describe
 
 __all__ = ["not_installed", "not_usable", "select"]
 
-ALWAYS = "cublas_fp16"
+ALWAYS, ALWAYS_GROUPED = "cublas_fp16", "torch_grouped_mm_bf16"
 
 
 def not_installed(distribution: str, tested: str) -> str | None:
@@ -47,18 +47,23 @@ def not_usable(distribution: str, tested: str, modules: Sequence[str], ready: Ca
     return None
 
 
-def select(names: str) -> list[Contender]:
-    """The peers of "auto" (all there are), "none" (cuBLAS fp16 alone), or a comma-separated list of names.
+def select(names: str, grouped: bool = False) -> list[Contender]:
+    """The peers, of dense shapes or of grouped cases, of "auto" (all there are), "none" (cuBLAS fp16 or torch's grouped product
+    alone), or a comma-separated list of names of both kinds.
 
-    cublas_fp16 is always among them; whether one is installed, it says itself. Raises ValueError naming those there are.
+    Those two are always among them; whether one is installed, it says itself. Raises ValueError naming those there are.
     """
     from glu4.bench.peers import cublas, humming, quack
+    from glu4.bench.peers import grouped as of_groups
 
-    peers = {p.name: p for p in (*cublas.PEERS, *quack.PEERS, *humming.PEERS)}
+    dense = {p.name: p for p in (*cublas.PEERS, *quack.PEERS, *humming.PEERS)}
+    groups = {p.name: p for p in of_groups.PEERS}
+    peers = groups if grouped else dense
     if names == "auto":
         return list(peers.values())
     wanted = [] if names == "none" else [name.strip() for name in names.split(",")]
-    unknown = [name for name in wanted if name not in peers]
+    known = dense | groups
+    unknown = [name for name in wanted if name not in known]
     if unknown:
-        raise ValueError(f"peers: expected auto, none or some of {', '.join(peers)}, got {', '.join(map(repr, unknown))}")
-    return [p for name, p in peers.items() if name == ALWAYS or name in wanted]
+        raise ValueError(f"peers: expected auto, none or some of {', '.join(known)}, got {', '.join(map(repr, unknown))}")
+    return [p for name, p in peers.items() if name in (ALWAYS, ALWAYS_GROUPED) or name in wanted]
