@@ -19,6 +19,7 @@ from glu4 import dispatch
 from glu4.activation import SILU, Activation
 from glu4.backends import portable
 from glu4.backends.blackwell import launch as blackwell
+from glu4.backends.hopper import grouped_launch
 from glu4.backends.hopper import launch as hopper
 from glu4.backends.hopper.pack import UNIT_WORDS
 from glu4.eager import ordinary, unwatched
@@ -145,6 +146,7 @@ def _run_grouped_dual_gemm(
     x: list[Tensor],
     gate: list[Tensor],
     up: list[Tensor],
+    packed: Tensor | None,
     group_offsets: Tensor,
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
@@ -154,11 +156,25 @@ def _run_grouped_dual_gemm(
     backend: str,
 ) -> None:
     act = Activation(activation, *constants)
-    operand, gate_matrix, up_matrix = _operand(x), _nvfp4(gate), _nvfp4(up)
+    operand, scales = _operand(x), (gate[-1], up[-1])
+    matrices = None if len(gate) == 1 else (_nvfp4(gate), _nvfp4(up))
+    first = outline(out.shape[-1], operand.shape[-1], scales[0]) if matrices is None else matrices[0]
     has_bias = gate_bias is not None or up_bias is not None
-    problem = grouped_problem(operand, gate_matrix, activation=act, out_dtype=out.dtype, has_bias=has_bias)
+    problem = grouped_problem(operand, first, activation=act, out_dtype=out.dtype, has_bias=has_bias)
     _debug_offsets(group_offsets, operand.shape[0], check)
-    dispatch.select(problem, out.device, backend or None)
+    if dispatch.select(problem, out.device, backend or None) == "hopper":
+        if packed is None:
+            assert matrices is not None
+            dispatch.warn_once(_PACKED_EACH_CALL)
+            packed = pack(matrices)
+        grouped_launch.grouped(out, operand, _whole(packed), group_offsets, scales, (gate_bias, up_bias), act, problem)
+        return
+    if matrices is None:
+        assert packed is not None
+        dispatch.warn_once(_UNPACKED_EACH_CALL)
+        gate_matrix, up_matrix = unpack(packed, out.shape[-1], operand.shape[-1], scales)
+    else:
+        gate_matrix, up_matrix = matrices
     portable.grouped(out, operand, gate_matrix, up_matrix, group_offsets, gate_bias, up_bias, act)
 
 
@@ -233,14 +249,17 @@ def _held(weights: GatedWeights | LinearWeight) -> list[list[Tensor]]:
     return [_parts(m) for m in weights.matrices]
 
 
-def _prepared(weights: GatedWeights | LinearWeight, x: Operand, dtype: torch.dtype, backend: str | None) -> None:
+def _prepared(
+    weights: GatedWeights | LinearWeight, x: Operand, dtype: torch.dtype, backend: str | None, grouped: bool = False
+) -> None:
     """Bring weights that reach a kernel for the first time and were not prepared into its form, and remember that."""
     if weights.packed is not None or weights.direct is not None or backend == "portable" or not unwatched():
         return
     if not (hopper.is_hopper(x.device) or blackwell.is_blackwell(x.device)):
         return
     dual = isinstance(weights, GatedWeights)
-    problem = dense_problem(x, weights.outlines[0], dual=dual, activation=SILU, out_dtype=dtype, has_bias=False)
+    make = grouped_problem if grouped else dense_problem
+    problem = make(x, weights.outlines[0], dual=dual, activation=SILU, out_dtype=dtype, has_bias=False)
     chosen = dispatch.select(problem, x.device, backend)
     if chosen == "hopper":
         weights.remember_packed()
@@ -302,8 +321,9 @@ def dual_gemm(
     Only metadata is checked, so nothing synchronises. Raises TypeError or ValueError naming the argument; UnsupportedError
     when the backend asked for cannot run. There is no backward pass: an x that requires grad is a ValueError.
 
-    On a Hopper or Blackwell GPU prepared weights are fastest. GatedWeights that were not prepared are brought into their kernel's
-    form by the first call, which synchronises, and keep it; a (gate, up) tuple is brought there by each call, with one warning.
+    On a Hopper or Blackwell GPU prepared weights are fastest. GatedWeights that were not prepared are brought into their
+    kernel's form by the first call, which synchronises, and keep it; a (gate, up) tuple is brought there by each call, with
+    one warning.
     """
     if not torch.compiler.is_compiling() and type(weights) is GatedWeights and (direct := weights.direct) is not None:
         done = direct(x, (weights.gate_bias, weights.up_bias), activation, out_dtype, out, backend)
@@ -390,12 +410,14 @@ def grouped_dual_gemm(
     named = dict(zip(("gate", "up"), w.outlines, strict=True))
     dtype = check_grouped(x, named, group_offsets, biases=biases, activation=activation, out_dtype=out_dtype, out=out)
     target = _target(x, w.shape[-2], False, dtype, out)
+    _prepared(w, x, dtype, backend, grouped=True)
     _call(
         _grouped_dual_gemm,
         _run_grouped_dual_gemm,
         target,
         _rows_of(x, False),
         *_held(w),
+        w.packed,
         group_offsets,
         w.gate_bias,
         w.up_bias,

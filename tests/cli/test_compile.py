@@ -16,6 +16,8 @@ import pytest
 from typer.testing import CliRunner
 
 from compiled.test_cubin import FRAME_SIZE, REGISTERS, of_info, sized
+from glu4.backends.blackwell import arguments
+from glu4.backends.blackwell import launch as blackwell
 from glu4.backends.hopper.config import DECODE_THREADS, SHIPPED, Config
 from glu4.backends.hopper.spec import DecodeSpec, Spec, shipped
 from glu4.cli import app, output
@@ -49,11 +51,41 @@ def resources(spec: Spec) -> tuple[int, int | None, int]:
     return c.cta_threads(nvfp4), c.launch_registers(nvfp4), c.shared_bytes(nvfp4)
 
 
-@pytest.mark.parametrize("arguments", [["--arch", "sm_100a"], ["--arch", "sm_90"], ["--arch", ""]])
-def test_other_architectures_are_refused_by_name(arguments: list[str]) -> None:
-    result = RUNNER.invoke(app, ["compile", *arguments])
+@pytest.mark.parametrize("given", [["--arch", "sm_120a"], ["--arch", "sm_90"], ["--arch", ""]])
+def test_other_architectures_are_refused_by_name(given: list[str]) -> None:
+    result = RUNNER.invoke(app, ["compile", *given])
     assert isinstance(result.exception, ValueError)
-    assert str(result.exception) == f"--arch: kernels exist for sm_90a, got {arguments[1]!r}"
+    assert str(result.exception) == f"--arch: kernels exist for sm_90a, sm_100a, sm_103a, got {given[1]!r}"
+
+
+@pytest.mark.parametrize("arch", ["sm_100a", "sm_103a"])
+def test_blackwell_kernels_are_a_set_of_their_own(own_cache: Path, arch: str) -> None:
+    """Hopper's in the same cache are neither counted nor outdated."""
+    fill(own_cache)
+    specs = blackwell.shipped(arch=arch)
+    rows = json.loads(RUNNER.invoke(app, ["compile", "--arch", arch, "--list", "--json"]).stdout)["kernels"]
+    assert [row["name"] for row in rows] == [spec.name for spec in specs]
+    assert {row["place"] for row in rows} == {"missing"}
+    listed = RUNNER.invoke(app, ["compile", "--arch", arch, "--list"]).stdout
+    assert f"0 of {len(specs)} kernels are there; glu4 compile --arch {arch} makes the others" in listed
+    for spec in specs:
+        store.write(own_cache, spec, CUBIN, {"threads": 192, "shared_bytes": 1})
+    result = RUNNER.invoke(app, ["compile", "--arch", arch])
+    assert f"0 of {len(specs)} kernels compiled, the others were there: {own_cache}" in result.stdout
+    assert store.inventory(specs).outdated == store.inventory(shipped()).outdated == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(store.installed_dsl() is None, reason="needs CuTe DSL")
+def test_a_blackwell_kernel_that_is_compiled_can_be_launched(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the builder writes of parameters is what a launch passes; the driver is one made of Python."""
+    specs = blackwell.shipped(arch="sm_103a")[:1]
+    monkeypatch.setattr(blackwell, "shipped", lambda arch: specs)
+    result = RUNNER.invoke(app, ["compile", "--arch", "sm_103a"])
+    assert "1 of 1 kernels compiled" in result.stdout, result.output
+    found = store.find(specs[0])
+    assert found is not None
+    assert found[1]["params"] == arguments.sizes(specs[0])
 
 
 def test_two_places_are_refused() -> None:

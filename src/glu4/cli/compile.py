@@ -1,4 +1,4 @@
-"""`glu4 compile`: build the Hopper kernels ahead of time, with no GPU; and list them with what they take of an SM."""
+"""`glu4 compile`: build an architecture's kernels ahead of time, with no GPU; and list them with what they take of an SM."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from rich.table import Table
 from glu4.cli.output import JsonOption, console, emit_json, progress
 
 if TYPE_CHECKING:
-    from glu4.backends.hopper.spec import Spec
+    from glu4.compiled.store import Spec
 
 __all__ = ["command"]
 
-_ARCHITECTURES = ("sm_90a",)
+_ARCHITECTURES = ("sm_90a", "sm_100a", "sm_103a")
 
 
 def command(
-    arch: Annotated[str, typer.Option(metavar="NAME", help="Target architecture: sm_90a (Hopper).")] = "sm_90a",
+    arch: Annotated[
+        str, typer.Option(metavar="NAME", help="Target architecture: sm_90a (Hopper), sm_100a or sm_103a (Blackwell).")
+    ] = "sm_90a",
     into_package: Annotated[
         bool, typer.Option("--into-package", help="Write into the package, so that a wheel built from it carries them.")
     ] = False,
@@ -35,7 +37,6 @@ def command(
 
     Exit code 0: all are there, or listed. 2: CuTe DSL is missing, a kernel does not compile, or there is nowhere to write.
     """
-    from glu4.backends.hopper.spec import shipped
     from glu4.compiled import store
 
     if arch not in _ARCHITECTURES:
@@ -43,7 +44,7 @@ def command(
     if into_package and output is not None:
         raise ValueError("--into-package and --output name two places; give one")
     target = store.packaged_directory() if into_package else output
-    specs = shipped()
+    specs = _shipped(arch)
     if listing:
         _list([_row(spec, target) for spec in specs], arch, json)
         return
@@ -56,6 +57,14 @@ def command(
     console.print(f"{count} of {len(specs)} kernels compiled, the others were there: {where}", highlight=False, soft_wrap=True)
     if into_package:
         console.print("a wheel that is built now carries them: pip wheel . --no-deps")
+
+
+def _shipped(arch: str) -> Sequence[Spec]:
+    """Every kernel that the dispatch can choose on an architecture."""
+    from glu4.backends.blackwell import launch as blackwell
+    from glu4.backends.hopper.spec import shipped
+
+    return shipped() if arch == "sm_90a" else blackwell.shipped(arch=arch)
 
 
 def _say_waiting() -> None:
@@ -98,6 +107,7 @@ def _list(rows: Sequence[dict[str, Any]], arch: str, json: bool) -> None:
         table.add_row(row["name"], row["place"], *(str(row.get(c, "")) for c in columns))
     console.print(table)
     missing = sum(row["place"] == "missing" for row in rows)
+    command = "glu4 compile" + ("" if arch == _ARCHITECTURES[0] else f" --arch {arch}")
     console.print(
-        f"{len(rows) - missing} of {len(rows)} kernels are there" + ("; glu4 compile makes the others" if missing else "")
+        f"{len(rows) - missing} of {len(rows)} kernels are there" + (f"; {command} makes the others" if missing else "")
     )

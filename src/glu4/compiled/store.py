@@ -170,7 +170,7 @@ def find(spec: Spec) -> tuple[bytes, dict[str, Any]] | None:
 @dataclass(frozen=True)
 class Inventory:
     """What there is of a set of kernels, by name: `packaged` or `cached` (a packaged one counts as packaged only) or `missing`.
-    `damaged` are files that are there and refused, `outdated` those in the cache that no kernel of the set has."""
+    `damaged` are files that are there and refused, `outdated` those of its architectures that no kernel of the set has."""
 
     packaged: list[str] = field(default_factory=list)
     cached: list[str] = field(default_factory=list)
@@ -193,7 +193,9 @@ def inventory(specs: Sequence[Spec]) -> Inventory:
                 state = place
         getattr(found, state).append(spec.name)
     current = {file_of(directory, spec) for _, directory in places for spec in specs}
-    found.outdated.extend(sorted({p for _, d in places for p in d.glob(f"*{_SUFFIX}")} - current))
+    families = {spec.name.split("_")[0] for spec in specs}  # the architecture begins a name
+    held = {p for _, d in places for family in families for p in d.glob(f"{family}_*{_SUFFIX}")}
+    found.outdated.extend(sorted(held - current))
     return found
 
 
