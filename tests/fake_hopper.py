@@ -23,9 +23,9 @@ from torch import Tensor
 
 from glu4 import dispatch, reference
 from glu4.activation import IDENTITY, Activation
-from glu4.backends.hopper import launch
+from glu4.backends.hopper import grouped_launch, launch
 from glu4.backends.hopper.pack import UNIT_WORDS, unpack_gated, unpack_matrix
-from glu4.backends.hopper.spec import DecodeSpec, KernelSpec, Spec, spec_from_dict
+from glu4.backends.hopper.spec import DecodeSpec, GroupedSpec, KernelSpec, Spec, spec_from_dict
 from glu4.compiled import driver, store
 from glu4.nvfp4 import NVFP4Tensor
 from glu4.scale_layout import SwizzledLayout
@@ -34,6 +34,8 @@ PARAMETERS = "=iiQiiQQQQQi4xQi4xifffQiiQ"
 SIZES = [128, 8, 24, 8, 8, 8, 16, 16, 4, 4, 4, 4, 24, 1]
 NVFP4_PARAMETERS = "=QiiQQiiQ" + PARAMETERS[3:]
 NVFP4_SIZES = [24, 24, *SIZES[2:]]
+GROUPED_PARAMETERS = "=iiQiii4xqqQi4xQi4xQi4xQQiiqQiiqifffQiiq"
+GROUPED_SIZES = [128, 8, 40, 16, 16, 16, 8, 24, 24, 4, 4, 4, 4, 24]
 DECODER_PARAMETERS = "=Qi4xQi4xQi4xi"
 DECODER_SIZES = [16, 16, 16, 4]
 TYPES = {6: torch.float16, 10: torch.bfloat16}  # in a tensor map
@@ -160,14 +162,15 @@ class FakeCuda:
         at = (ctypes.c_void_p * len(parameter_sizes)).from_address(pointers)
         raw = [ctypes.string_at(p, n) for p, n in zip(at, parameter_sizes, strict=True)]
         tensor_map = b""
-        if parameter_sizes is SIZES:
+        if parameter_sizes[0] == 128:
             assert at[0] % 64 == 0
             tensor_map = raw.pop(0)
         parameters = struct.unpack(form, b"".join(raw)[: struct.calcsize(form)])  # the last byte of some is not read
         assert stream == stream_then or self.pause
         launched = Launch(spec, self.device, stream, tuple(sizes[:3]), tuple(sizes[3:]), shared, held, tensor_map, parameters)
         self.launches.append(launched)
-        (run_decoder if isinstance(spec, DecodeSpec) else run)(launched)
+        compute = run_decoder if isinstance(spec, DecodeSpec) else run_grouped if isinstance(spec, GroupedSpec) else run
+        compute(launched)
         return 0
 
 
@@ -175,19 +178,21 @@ def _parameters(spec: Spec) -> tuple[list[int], str]:
     """Sizes of a kernel's parameters, and how they are packed, but for a tensor map."""
     if isinstance(spec, DecodeSpec):
         return DECODER_SIZES, DECODER_PARAMETERS
+    if isinstance(spec, GroupedSpec):
+        return GROUPED_SIZES, GROUPED_PARAMETERS
     return (NVFP4_SIZES, NVFP4_PARAMETERS) if spec.nvfp4 else (SIZES, PARAMETERS)
 
 
 def tokens_of(launched: Launch) -> Tensor:
     """The matrix that the tensor map covers; refuses a map that a driver would not write."""
     spec = launched.spec
-    assert isinstance(spec, KernelSpec)
-    raw, c = launched.tensor_map, spec.config
+    assert isinstance(spec, (KernelSpec, GroupedSpec))
+    raw, box = launched.tensor_map, spec.config.box if isinstance(spec, GroupedSpec) else spec.config.box_tokens
     address, word, low = struct.unpack_from("<QII", raw)
     high, columns, rows = struct.unpack_from("<III", raw, 28)
     dtype = TYPES[word >> 7 & 15]
     row_bytes = (low | high << 32) * 16
-    assert raw[:64] == encode(address, word >> 7 & 15, columns + 1, rows + 1, row_bytes, (64, c.box_tokens))
+    assert raw[:64] == encode(address, word >> 7 & 15, columns + 1, rows + 1, row_bytes, (64, box))
     assert address % 16 == 0
     assert row_bytes >= 2 * (columns + 1)
     assert spec.x == ("bf16" if dtype is torch.bfloat16 else "f16")
@@ -260,16 +265,52 @@ def run(launched: Launch) -> None:
     memory(out, (m, n), (out_row, 1), dtype).copy_(reference.round_once(activation(gate, up) if spec.dual else gate, dtype))
 
 
+def run_grouped(launched: Launch) -> None:
+    """Compute what a grouped kernel would, rows of no expert left alone."""
+    spec = launched.spec
+    assert isinstance(spec, GroupedSpec)
+    (rows, k, weights, experts, tiles, units, expert_stride, tile_stride, offsets, ends, gate_scale, gate_experts, up_scale,
+     up_experts, x_scale, gate_bias, bias_experts, bias_n, bias_row, up_bias, *again, flags, alpha, beta, limit, out, out_rows, n,
+     out_row) = launched.parameters  # fmt: skip
+    assert (ends, gate_experts, up_experts, bias_experts) == (experts + 1, experts, experts, experts)
+    assert (bias_n, bias_row, again, out_rows) == (n, n, [experts, n, n], rows)
+    assert (expert_stride, tile_stride) == (tiles * units * UNIT_WORDS, units * UNIT_WORDS)
+    assert (launched.grid, launched.block) == ((132, 1, 1), (spec.config.threads, 1, 1))
+    packed = memory(weights, (experts, tiles, units, UNIT_WORDS), (expert_stride, tile_stride, UNIT_WORDS, 1), torch.int32)
+    memory(weights + packed.nbytes, (UNIT_WORDS,), (1,), torch.int32).sum()  # the spare unit, which a stage may read
+    bounds = memory(offsets, (ends,), (1,), torch.int32).tolist()
+    tokens, one = tokens_of(launched).double(), torch.tensor(1.0)
+    assert tokens.shape == (rows, k)
+    factor = float(memory(x_scale, (1,), (1,), torch.float32)) if flags & 1 else 1.0
+    scales = [memory(s, (experts,), (1,), torch.float32).tolist() for s in (gate_scale, up_scale)]
+    activation = IDENTITY if flags & 8 else Activation("swish", alpha, beta, limit)
+    dtype = torch.bfloat16 if spec.out == "bf16" else torch.float16
+    target = memory(out, (rows, n), (out_row, 1), dtype)
+    for e in range(experts):
+        first, end = bounds[e], bounds[e + 1]
+        both = unpack_gated(packed[e], n, k, one, one)
+        biases = [memory(b, (experts, n), (n, 1), torch.float32)[e].double() if flags & f else 0.0
+                  for b, f in ((gate_bias, 2), (up_bias, 4))]  # fmt: skip
+        gate, up = (tokens[first:end] @ w.decode(torch.float64).t() * (factor * s[e]) + b
+                    for w, s, b in zip(both, scales, biases, strict=True))  # fmt: skip
+        target[first:end] = reference.round_once(activation(gate, up), dtype)
+
+
 def description(spec: Spec, pdl: bool = True) -> dict[str, Any]:
     """As the builder writes it."""
-    threads, shared = (128, 0) if isinstance(spec, DecodeSpec) else (spec.config.cta_threads(spec.nvfp4), SHARED_BYTES)
+    if isinstance(spec, KernelSpec):
+        threads, shared = spec.config.cta_threads(spec.nvfp4), SHARED_BYTES
+    else:
+        threads, shared = (spec.config.threads, SHARED_BYTES) if isinstance(spec, GroupedSpec) else (128, 0)
     return {"entry": "entry", "params": _parameters(spec)[0], "threads": threads, "shared_bytes": shared, "pdl": pdl}
 
 
 def forget() -> None:
     """What this process remembers of kernels and warnings."""
     launch.forget()
-    for remembered in (dispatch._provide, dispatch._compile, dispatch.warn_once, driver._primary_context):
+    grouped_launch.forget()
+    kept = (dispatch._provide, dispatch._compile, dispatch._provide_grouped, dispatch._compile_grouped)
+    for remembered in (*kept, dispatch.warn_once, driver._primary_context):
         remembered.cache_clear()
 
 
@@ -289,6 +330,7 @@ def fake_hopper(monkeypatch: pytest.MonkeyPatch, compiled: bool = True) -> Itera
     monkeypatch.setattr(store, "find", find)
     monkeypatch.setattr(launch, "is_hopper", lambda device: device.type == "cpu")
     monkeypatch.setattr(launch, "_properties", lambda index: ("Fake Hopper", 132))
+    monkeypatch.setattr(grouped_launch, "_processors", lambda index: 132)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: cuda.device, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: cuda.stream, raising=False)
     monkeypatch.setattr(torch.cuda, "device", lambda index: _current_device(cuda, index))

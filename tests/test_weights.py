@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fake_hopper import FakeCuda, fake_hopper
-from glu4 import GatedWeights, LinearWeight, NVFP4Tensor, dual_gemm, quantize
+from glu4 import GatedWeights, LinearWeight, NVFP4Tensor, dual_gemm, linear, quantize
 from glu4.backends.hopper.pack import pack_gated, pack_matrix
 from glu4.nvfp4 import BLOCK, _unchecked, unpack_codes
 from glu4.weights import pack, unpack
@@ -235,16 +235,24 @@ def test_copies_of_prepared_weights(hopper: FakeCuda, free: bool) -> None:
     assert deep.direct is not None
 
 
-def test_stacks_are_packed_by_their_first_use(hopper: FakeCuda) -> None:
-    """grouped_dual_gemm reads NVFP4, so that preparing must not double a mixture of experts."""
+def test_stacks_are_packed_too(hopper: FakeCuda) -> None:
+    """One packed form serves dual_gemm and grouped_dual_gemm; without the originals a mixture of experts is held once."""
     w = weights(3, 40, 80)
-    nvfp4 = w.nbytes
+    x = torch.randn(3, 5, 80).half()
+    want = dual_gemm(x, copy.copy(w))
     prepared = w.prepare("cpu", free_original=True)
-    assert prepared.packed is None
-    assert prepared.nbytes == nvfp4
-    dual_gemm(torch.randn(3, 5, 80).half(), prepared)
     assert prepared.packed is not None
+    assert prepared.matrices is None
+    assert prepared.nbytes == prepared.packed.untyped_storage().nbytes() + 2 * 3 * 4
+    assert torch.equal(dual_gemm(x, prepared), want)
     assert prepared.gate.shape == (3, 40, 80)
+
+
+def test_a_stack_of_one_matrix_is_packed_by_its_first_use(hopper: FakeCuda) -> None:
+    w = LinearWeight(weights(3, 40, 80).gate).prepare("cpu", free_original=True)
+    assert w.packed is None
+    linear(torch.randn(3, 5, 80).half(), w)
+    assert w.packed is not None
 
 
 def test_weights_cannot_be_replaced_beside_what_is_packed() -> None:

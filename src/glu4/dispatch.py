@@ -11,9 +11,11 @@ from functools import cache
 import torch
 
 from glu4.backends.blackwell import launch as blackwell
+from glu4.backends.hopper import grouped_launch
 from glu4.backends.hopper import launch as hopper
 from glu4.backends.hopper.config import SHIPPED, legal
-from glu4.backends.hopper.spec import shipped
+from glu4.backends.hopper.grouped_config import GROUPED_SHIPPED, grouped_legal
+from glu4.backends.hopper.spec import shipped, shipped_grouped
 from glu4.compiled import store
 from glu4.errors import UnsupportedError
 from glu4.problem import GroupedProblem, Problem
@@ -67,13 +69,11 @@ def _hopper_refusal(problem: Problem | GroupedProblem, device: torch.device) -> 
     """Why the Hopper kernels cannot run `problem` on `device`, compiled or not; None when they can."""
     if not hopper.is_hopper(device):
         return "needs a GPU of compute capability 9.0"
-    first = None
-    for config in SHIPPED:
-        reason = legal(config, problem)
-        if reason is None:
-            return None
-        first = first or reason
-    return first
+    if isinstance(problem, GroupedProblem):
+        reasons = [grouped_legal(config, problem) for config in GROUPED_SHIPPED]
+    else:
+        reasons = [legal(config, problem) for config in SHIPPED]
+    return None if None in reasons else reasons[0]
 
 
 def _can_compile() -> bool:
@@ -90,6 +90,14 @@ def _provide(dual: bool, x: str | torch.dtype, out: torch.dtype) -> str | None:
     if hopper.available(dual, x, out):
         return None
     return _compile(dual) or (None if hopper.available(dual, x, out) else _NOT_COMPILED)
+
+
+@cache
+def _provide_grouped(x: str | torch.dtype, out: torch.dtype) -> str | None:
+    """As `_provide`, of the kernels for mixtures of experts."""
+    if grouped_launch.available(x, out):
+        return None
+    return _compile_grouped() or (None if grouped_launch.available(x, out) else _NOT_COMPILED)
 
 
 @cache
@@ -113,8 +121,17 @@ def _compile(dual: bool, arch: str = "") -> str | None:
     if not _can_compile():
         return _not_compiled(arch)
     specs: Sequence[store.Spec] = blackwell.shipped(dual, arch) if arch else shipped(dual)
-    command = f"glu4 compile --arch {arch}" if arch else "glu4 compile"
-    what = f"glu4: compiling {len(specs)} {'dual_gemm' if dual else 'linear'} kernels, once ({command} does it beforehand)"
+    return _compile_all(specs, "dual_gemm" if dual else "linear", f"glu4 compile --arch {arch}" if arch else "glu4 compile")
+
+
+@cache
+def _compile_grouped() -> str | None:
+    """As `_compile`, of the kernels for mixtures of experts."""
+    return _compile_all(shipped_grouped(), "grouped_dual_gemm", "glu4 compile") if _can_compile() else _NOT_COMPILED
+
+
+def _compile_all(specs: Sequence[store.Spec], operation: str, command: str) -> str | None:
+    what = f"glu4: compiling {len(specs)} {operation} kernels, once ({command} does it beforehand)"
     done: list[str] = []
 
     def report(name: str) -> None:
@@ -129,6 +146,7 @@ def _compile(dual: bool, arch: str = "") -> str | None:
     finally:
         print(file=sys.stderr)
         hopper.forget()
+        grouped_launch.forget()
         blackwell.forget()
     return None
 
@@ -159,7 +177,7 @@ def explain(problem: Problem | GroupedProblem, device: torch.device | str = "cpu
         raise TypeError(f"problem: expected a glu4.Problem or glu4.GroupedProblem, got {type(problem).__name__}")
     device = torch.device(device)
     refusal = _hopper_refusal(problem, device)
-    if refusal is None and isinstance(problem, Problem) and not hopper.available(*_kind(problem)):
+    if refusal is None and not _compiled(problem):
         refusal = _TO_COMPILE if _can_compile() else _NOT_COMPILED
     other = blackwell.refusal(problem, device)
     dual = problem.operation == "dual_gemm"
@@ -173,7 +191,13 @@ def explain(problem: Problem | GroupedProblem, device: torch.device | str = "cpu
     return Explanation(problem, _describe(device), candidates)
 
 
-def _kind(problem: Problem) -> tuple[bool, str | torch.dtype, torch.dtype]:
+def _compiled(problem: Problem | GroupedProblem) -> bool:
+    """Whether a Hopper kernel for it is packaged or cached."""
+    dual, x, out = _kind(problem)
+    return grouped_launch.available(x, out) if isinstance(problem, GroupedProblem) else hopper.available(dual, x, out)
+
+
+def _kind(problem: Problem | GroupedProblem) -> tuple[bool, str | torch.dtype, torch.dtype]:
     """What decides which kernels there have to be: whether there are two matrices, x's format, the output's type."""
     x = "nvfp4" if problem.x_format == "nvfp4" else getattr(torch, problem.x_format)
     return problem.operation == "dual_gemm", x, problem.out_dtype
@@ -191,11 +215,15 @@ def arranges(device: torch.device, dual: bool) -> bool:
     return True
 
 
-def packs(device: torch.device, dual: bool) -> bool:
-    """Whether weights on `device` are to be packed: it is a Hopper GPU, and kernels are there or can be compiled now."""
-    if not hopper.is_hopper(device):
+def packs(device: torch.device, dual: bool, stacked: bool = False) -> bool:
+    """Whether weights on `device` are to be packed: it is a Hopper GPU, and kernels are there or can be compiled now.
+
+    stacked  `[E, N, K]`, for the kernels of mixtures of experts, which take gate and up
+    """
+    if not hopper.is_hopper(device) or (stacked and not dual):
         return False
-    reasons = [_provide(dual, t, t) for t in (torch.bfloat16, torch.float16)]
+    types = (torch.bfloat16, torch.float16)
+    reasons = [_provide_grouped(t, t) if stacked else _provide(dual, t, t) for t in types]
     if all(reasons):
         warn_once(_SLOW.format("Hopper") + str(reasons[0]))
     return not all(reasons)
@@ -213,9 +241,10 @@ def select(problem: Problem | GroupedProblem, device: torch.device, backend: str
     arch = blackwell.architecture(device)
     name = backend or ("hopper" if arch is None else "blackwell")
     refusal = (_hopper_refusal if name == "hopper" else blackwell.refusal)(problem, device)
-    if refusal is None and isinstance(problem, Problem):
+    if refusal is None and (name == "hopper" or isinstance(problem, Problem)):
         if name == "hopper":
-            refusal = _provide(*_kind(problem))
+            dual, x, out = _kind(problem)
+            refusal = _provide_grouped(x, out) if isinstance(problem, GroupedProblem) else _provide(dual, x, out)
         else:
             refusal = _provide_blackwell(problem.operation == "dual_gemm", problem.out_dtype, str(arch), device)
         if refusal is None:

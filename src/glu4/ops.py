@@ -481,6 +481,6 @@ def group_gemm(
         target = None if out is None else out[g]
         try:
             results.append(linear(tokens, weight, out_dtype=out_dtype, out=target, backend=backend))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, UnsupportedError) as error:
             raise type(error)(f"group {g}: {error}") from error
     return results

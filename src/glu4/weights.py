@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, ClassVar, Self
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from glu4 import dispatch
 from glu4.backends.blackwell import launch as blackwell
 from glu4.backends.blackwell.direct import Direct as BlackwellDirect
+from glu4.backends.hopper import grouped_launch
 from glu4.backends.hopper import launch as hopper
 from glu4.backends.hopper.direct import Direct
 from glu4.backends.hopper.pack import UNIT_WORDS, pack_gated, pack_matrix, unpack_gated, unpack_matrix
@@ -63,16 +64,26 @@ def pack(matrices: tuple[NVFP4Tensor, ...]) -> Tensor:
 
 
 def unpack(packed: Tensor, n: int, k: int, scales: tuple[Tensor, ...]) -> tuple[NVFP4Tensor, ...]:
-    """The inverse of `pack` for `[N, K]`, given the global scales; codes of blocks with scale zero come back as zero."""
+    """The inverse of `pack`, given N, K and the global scales; codes of blocks with scale zero come back as zero."""
+    if packed.ndim == 4:
+        items = [unpack(own, n, k, tuple(s[i] for s in scales)) for i, own in enumerate(packed)]
+        return tuple(_stacked(parts, scale) for parts, scale in zip(zip(*items, strict=True), scales, strict=True))
     if len(scales) == 2:
         return unpack_gated(packed, n, k, scales[0], scales[1])
     return (unpack_matrix(packed, n, k, scales[0]),)
 
 
+def _stacked(parts: Sequence[NVFP4Tensor], scale: Tensor) -> NVFP4Tensor:
+    scales = torch.stack([p.block_scale.view(torch.uint8) for p in parts]).view(torch.float8_e4m3fn)
+    return _unchecked(torch.stack([p.codes for p in parts]), scales, scale)
+
+
 def outline(n: int, k: int, global_scale: Tensor) -> NVFP4Tensor:
-    """A matrix `[N, K]` with a shape and a device but no memory: what validation looks at when only the packed form is kept."""
+    """A matrix `[N, K]`, or a stack of as many as there are global scales, with a shape and a device but no memory: what
+    validation looks at when only the packed form is kept."""
     byte = torch.zeros(1, 1, dtype=torch.uint8, device=global_scale.device)
-    return _unchecked(byte.expand(n, k // 2), byte.view(torch.float8_e4m3fn).expand(n, k // BLOCK), global_scale)
+    codes, scales = (*global_scale.shape, n, k // 2), (*global_scale.shape, n, k // BLOCK)
+    return _unchecked(byte.expand(codes), byte.view(torch.float8_e4m3fn).expand(scales), global_scale)
 
 
 class _Weights:
@@ -136,7 +147,7 @@ class _Weights:
         if self.matrices is not None:
             return self.matrices
         assert self.packed is not None
-        return unpack(self.packed, self.shape[0], self.shape[1], self.scales)
+        return unpack(self.packed, self.shape[-2], self.shape[-1], self.scales)
 
     # ---- prepared ----
 
@@ -147,12 +158,12 @@ class _Weights:
     def prepare(self, device: torch.device | str, free_original: bool = False) -> Self:
         """These weights on `device`, checked once and in the form its backend wants.
 
-        On a Hopper GPU weights `[N, K]` are packed into their kernel's order, and kept in NVFP4 too. Returns when that is done:
+        On a Hopper GPU they are packed into their kernel's order, and kept in NVFP4 too. Returns when that is done:
         kernels may start to read weights before the work ahead of them in the stream has ended. All kernels of the operation
         are loaded, so that a CUDA graph may be captured at once; if none are compiled, they are compiled now (see
-        glu4.dispatch). Stacks `[L, N, K]` stay in NVFP4, which grouped_dual_gemm reads; the first dual_gemm or linear that
-        uses one packs it. On a Blackwell GPU weights and stacks stay NVFP4Tensors, with block scales in the 128x4 layout and
-        rows 16 bytes apart. The portable backend reads NVFP4 as it is, so elsewhere preparing is a move and a check.
+        glu4.dispatch). LinearWeight's stacks `[L, N, K]` stay in NVFP4; the first linear that uses one packs it. On a
+        Blackwell GPU weights and stacks stay NVFP4Tensors, with block scales in the 128x4 layout and rows 16 bytes apart.
+        The portable backend reads NVFP4 as it is, so elsewhere preparing is a move and a check.
 
         free_original  empties this object, so that only the prepared one holds memory, and drops the NVFP4 form of what is
                        packed. Whatever needs that (attributes, state_dict, to, shard, pickling, another backend) then
@@ -166,13 +177,13 @@ class _Weights:
             for matrix in prepared.originals():
                 matrix.check_values()
             dual = len(self._names) == 2
-            if len(prepared.shape) == 2 and dispatch.packs(prepared.device, dual):
+            if dispatch.packs(prepared.device, dual, stacked=len(prepared.shape) == 3):
                 prepared._pack()
             elif dispatch.arranges(prepared.device, dual):
                 prepared._arrange()
         if free_original:
-            if prepared.packed is not None and len(prepared.shape) == 2:
-                prepared.outlines = tuple(outline(*prepared.shape, s) for s in prepared.scales)
+            if prepared.packed is not None:
+                prepared.outlines = tuple(outline(prepared.shape[-2], prepared.shape[-1], s) for s in prepared.scales)
                 prepared.matrices = None
             self.__dict__.clear()
         return prepared
@@ -180,7 +191,10 @@ class _Weights:
     def _pack(self) -> None:
         """Add the packed form."""
         self.packed = pack(self.originals())
-        hopper.load(len(self._names) == 2, self.packed)
+        if len(self.shape) == 3 and len(self._names) == 2:
+            grouped_launch.load(self.packed.get_device())
+        else:
+            hopper.load(len(self._names) == 2, self.packed)
         self._connect()
 
     def _arrange(self) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from glu4.activation import SILU
-from glu4.backends.hopper.grouped_config import MAX_EXPERTS, GroupedConfig
+from glu4.backends.hopper.grouped_config import GROUPED_SHIPPED, MAX_EXPERTS, GroupedConfig
 from glu4.backends.hopper.pack import UNIT_WORDS, pack_gated
 from glu4.emulator.launch import Result, emulate, load
 from glu4.nvfp4 import NVFP4Tensor
@@ -25,22 +25,23 @@ from glu4.verify.case import Case
 from glu4.verify.checker import check
 from operands import full_range
 
-CONFIG = GroupedConfig(8, 2, 1)
+CONFIG = GroupedConfig(32, 4, 8, (8, 16, 32), (32, 16), 2)
 SENTINEL = 0x7BCD
 COMPILE = """
 import sys, tempfile
 from pathlib import Path
-import glu4.backends.hopper.grouped_gemm as module
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 old, new = sys.argv[3:5]
-source = Path(module.__file__).read_text()
 if old:
-    assert source.count(old) == 1, (source.count(old), old)
-    path = Path(sys.argv[1]).with_name("grouped_gemm.py")
-    path.write_text(source.replace(old, new))
-    from importlib.util import module_from_spec, spec_from_file_location
-    spec = spec_from_file_location(module.__name__, path)
-    sys.modules[module.__name__] = module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[module.__name__])
+    names = [f"glu4.backends.hopper.grouped_{part}" for part in ("schedule", "gemm")]
+    sources = {name: Path(find_spec(name).origin).read_text() for name in names}
+    assert [s.count(old) for s in sources.values()] in ([0, 1], [1, 0]), old
+    name = next(name for name in names if old in sources[name])
+    path = Path(sys.argv[1]).with_name(name.split(".")[-1] + ".py")
+    path.write_text(sources[name].replace(old, new))
+    spec = spec_from_file_location(name, path)
+    sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
 from cutlass import cute
 from glu4.backends.hopper.grouped_build import arguments
 from glu4.backends.hopper.grouped_config import GroupedConfig
@@ -96,7 +97,7 @@ class Experts:
         _, tiles, units, _ = packed.shape
         box = {
             "buffer": "x", "element_type": "f16", "global_shape": [k, rows], "global_strides_bytes": [2 * k],
-            "box_shape": [64, config.tokens], "swizzle": "128B",
+            "box_shape": [64, config.box], "swizzle": "128B",
         }  # fmt: skip
         words = fields("iii4xqq", experts, tiles, units, tiles * units * UNIT_WORDS, units * UNIT_WORDS)
         scales = [{"pack": [{"ptr": name}, fields("i4x", experts)]} for name in ("gate", "up")]
@@ -105,7 +106,7 @@ class Experts:
             {"tensor_map": box}, fields("ii", rows, k), {"pack": [{"ptr": "w"}, words]},
             {"pack": [{"ptr": "offsets"}, fields("i4x", experts + 1)]}, *scales, {"ptr": "gate"}, *biases, {"i32": 6},
             {"f32": SILU.alpha}, {"f32": SILU.beta}, {"f32": SILU.limit},
-            {"pack": [{"ptr": "c"}, fields("iiq", rows, n, n)]}, {"bytes": "00"},
+            {"pack": [{"ptr": "c"}, fields("iiq", rows, n, n)]},
         ]  # fmt: skip
         buffers = {
             "x": self.x.view(torch.uint16).numpy(),
@@ -118,7 +119,7 @@ class Experts:
             "c": np.full((rows, n), SENTINEL, np.uint16),
         }
         launch = {
-            "grid": [ctas], "block": [config.tile.cta_threads(False)], "dynamic_smem": config.shared_bytes, "params": params,
+            "grid": [ctas], "block": [config.threads], "dynamic_smem": config.shared_bytes, "params": params,
             "dependent": ["x", "offsets", "c"],
         }  # fmt: skip
         return emulate(load(text), launch, buffers, schedule_name=schedule, seed=seed)
@@ -138,8 +139,14 @@ class Experts:
         return found
 
 
-@pytest.mark.parametrize(("schedule", "seed"), [("eager", 0), ("lazy", 0), ("random", 1), ("random", 2)])
-@pytest.mark.parametrize("counts", [[3, 0, 9, 1, 17], [0, 0, 5], [0, 0]], ids=str)
+@pytest.mark.parametrize(
+    ("counts", "schedule", "seed"),
+    [([0, 0, 5], "eager", 0), ([0, 0], "eager", 0)]
+    + [
+        pytest.param([3, 0, 9, 1, 17], *s, marks=pytest.mark.slow)
+        for s in (("eager", 0), ("lazy", 0), ("random", 1), ("random", 2))
+    ],
+)
 def test_every_expert_has_its_own(counts: list[int], schedule: str, seed: int) -> None:
     experts = Experts(counts, 72, 208)
     result = experts.run(ptx(CONFIG), CONFIG, schedule=schedule, seed=seed)
@@ -147,16 +154,16 @@ def test_every_expert_has_its_own(counts: list[int], schedule: str, seed: int) -
     assert experts.wrong(result) == []
 
 
-@pytest.mark.parametrize(
-    "config", [GroupedConfig(8, 3, 1), GroupedConfig(64, 3, 1), GroupedConfig(128, 2, 2)], ids=lambda c: c.name
-)
-def test_other_tiles(config: GroupedConfig) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("config", GROUPED_SHIPPED, ids=lambda c: c.name)
+def test_shipped_tiles(config: GroupedConfig) -> None:
     experts = Experts([5, 130, 0, 64], 104, 144)
     result = experts.run(ptx(config), config, ctas=2)
     assert result.report.clean, str(result.report)
     assert experts.wrong(result) == []
 
 
+@pytest.mark.slow
 def test_more_experts_than_threads_of_a_cta() -> None:
     counts = [1 if e % 37 == 0 else 0 for e in range(MAX_EXPERTS)]
     experts = Experts(counts, 32, 64)
@@ -165,6 +172,7 @@ def test_more_experts_than_threads_of_a_cta() -> None:
     assert experts.wrong(result) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offsets", [[0, 3, 1, 12], [0, 99, 100, 101], [-5, 2, 4, 9], [4, 3, 2, 1]], ids=str)
 def test_wrong_offsets_lead_to_no_access_outside(offsets: list[int]) -> None:
     """Some rows may be written twice, by several experts; memory beyond x and out is never touched."""
@@ -172,6 +180,7 @@ def test_wrong_offsets_lead_to_no_access_outside(offsets: list[int]) -> None:
     assert {h.kind for h in result.report.hazards} <= {"data race"}, str(result.report)
 
 
+@pytest.mark.slow
 def test_bits_do_not_depend_on_the_number_of_ctas() -> None:
     experts = Experts([3, 0, 9, 1], 72, 144)
     few, many = (experts.run(ptx(CONFIG), CONFIG, ctas=c).buffers["c"] for c in (1, 7))
@@ -182,20 +191,28 @@ FAULTS = {
     "another expert's scale": ("self.scales(up_scale[expert], x_scale, flags)", "self.scales(up_scale[0], x_scale, flags)"),
     "another expert's weights": ("weights[(expert, 0, 0, None)]", "weights[(0, 0, 0, None)]"),
     "another expert's bias": ("up_bias[(expert, None)]", "up_bias[(0, None)]"),
-    "rows of the next expert": ("end = self.clamped(offsets[expert + 1], x.shape[0])", "end = x.shape[0]"),
-    "token tiles from x's start": ("(row, 0), x)", "(token_tile * c.tokens, 0), x)"),
-    "sums of the tile before": ("                sums.fill(0.0)\n", "                sums.fill(0.0) if tile == first_tile else None\n"),
-    "a count too few": ("- first, 0) + self.config.tokens - 1)", "- first, 0) + self.config.tokens - 2)"),
+    "rows of the next expert": ("cutlass.min(begin + tokens, start + width)", "start + width"),
+    "tokens from x's start": ("cute.domain_offset((first, 0), x)", "cute.domain_offset((0, 0), x)"),
+    "sums that start at one": ("sums.fill(0.0)", "sums.fill(1.0)"),
+    "a tile too few": (
+        "        tiles = (count + most - 1) // most\n        _,",
+        "        tiles = (count + most - 2) // most\n        _,",
+    ),
+    "too narrow a product": ("            wide = share > below\n", "            wide = share > below + 1\n"),
+    "experts before of the same width not counted": (
+        "        first = wider - own + earlier\n",
+        "        first = wider - own\n",
+    ),
     "no wait for the kernel before": ("        cute.arch.griddepcontrol_wait()\n", ""),
-    "no release of a tile's last stage": ("                self.release(pipe, before, lane)\n", ""),
-}  # fmt: skip
+    "a stage released before its products are done": ("                warpgroup.wait_group(1)\n", ""),
+    "no release of a tile's last stage": ("                    self.release(pipe, before, lane)\n", ""),
+    "one tensor copy too few": ("            if i < count:\n", "            if i < count - 1:\n"),
+}
+QUICK = ("another expert's scale",)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in FAULTS])
 def test_planted_faults_are_found(fault: str) -> None:
     experts = Experts([3, 0, 9, 1, 17], 72, 208)
-    old, new = FAULTS[fault]
-    if "sums of the tile" in fault:
-        new = "                if tile == first_tile:\n                    sums.fill(0.0)\n"
-    result = experts.run(ptx(CONFIG, old, new), CONFIG)
+    result = experts.run(ptx(CONFIG, *FAULTS[fault]), CONFIG)
     assert not result.report.clean or experts.wrong(result)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from glu4.backends.hopper.config import DECODE_THREADS
-from glu4.backends.hopper.spec import DecodeSpec, KernelSpec, Spec, spec_from_dict
+from glu4.backends.hopper.grouped_build import arguments
+from glu4.backends.hopper.spec import DecodeSpec, GroupedSpec, KernelSpec, Spec, spec_from_dict
 from glu4.compiled.cubin import resources
 from glu4.compiled.store import DSL_VERSION, write
 
@@ -45,6 +46,9 @@ def compile_spec(spec: Spec, directory: str) -> tuple[bytes, dict[str, Any]]:
         limit = spec.config.launch_registers(spec.nvfp4)
         expected, right = str(limit), registers == limit
         threads, shared_bytes = spec.config.cta_threads(spec.nvfp4), spec.config.shared_bytes(spec.nvfp4)
+    elif isinstance(spec, GroupedSpec):
+        expected, right = str(spec.config.launch_registers), registers == spec.config.launch_registers
+        threads, shared_bytes = spec.config.threads, spec.config.shared_bytes
     else:
         # with more, fewer CTAs would be on an SM, each of which waits for memory most of its time
         expected, right = "at most 32", registers <= 32
@@ -74,6 +78,8 @@ def _arguments(spec: Spec) -> tuple[Any, ...]:
     from glu4.backends.hopper.dual_gemm import DualGemm
     from glu4.backends.hopper.pack import UNIT_WORDS
 
+    if isinstance(spec, GroupedSpec):
+        return arguments(spec.config, spec.x, spec.out)
     if isinstance(spec, DecodeSpec):
         words, scale_bytes = cute.sym_int(), cute.sym_int()
         codes = make_fake_tensor(cutlass.Uint32, (words,), (1,), assumed_align=4)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from glu4.problem import GroupedProblem, Problem
+from glu4.problem import Problem
 
 __all__ = ["SHIPPED", "Config", "candidates", "cost", "legal"]
 
@@ -181,10 +181,8 @@ SHIPPED = (
 )
 
 
-def legal(config: Config, problem: Problem | GroupedProblem) -> str | None:
+def legal(config: Config, problem: Problem) -> str | None:
     """Why `config` may not run `problem`, in one sentence; None when it may."""
-    if isinstance(problem, GroupedProblem):
-        return "grouped problems have no Hopper kernel yet"
     if problem.x_format == "float32":
         return "float32 activations: wgmma would round them to TF32, which is not exact"
     if problem.out_dtype.itemsize != 2:

@@ -84,3 +84,66 @@ def load_shared(kind: str, address: Any, *, loc: Any = None, ip: Any = None) -> 
         asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
     )  # fmt: skip
     return Uint32(result)
+
+
+@dsl_user_op
+def multiply_by_width(
+    sums: Any, fragment: Any, tokens: Any, width: Any, widths: Any, kind: str, *, loc: Any = None, ip: Any = None
+) -> list[Any]:
+    """wgmma of 64 rows by some steps of 16 of K with the first `width` tokens, one of `widths`: started, not waited for.
+
+    sums      float32 [widths[-1] / 2], a thread's; returned with the first width / 2 changed
+    fragment  four words a step, matrix A
+    tokens    shared address of the first step in rows of 64, 128 bytes each, swizzled
+    kind      "f16" or "bf16"
+
+    One piece of assembly, so that all widths name the same registers: where each has its own code, ptxas gives each registers
+    of its own, has too few, and runs the products one by one (its note C7512).
+    """
+    count, steps = len(sums), range(len(fragment) // 4)
+    inputs = range(2 * count, 2 * count + len(fragment))
+    address, chosen = inputs.stop, inputs.stop + 1
+
+    def products(n: int) -> str:
+        d = ", ".join(f"${i}" for i in range(n // 2))
+        lines = ["wgmma.fence.sync.aligned;"]
+        for s in steps:
+            a = ", ".join(f"${i}" for i in inputs[4 * s : 4 * s + 4])
+            lines.append(f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {{{d}}}, {{{a}}}, there{s}, 1, 1, 1, 0;")
+        return "\n".join((*lines, "wgmma.commit_group.sync.aligned;", "bra.uni done;"))
+
+    def choose(first: int, last: int) -> str:
+        if first == last:
+            return products(widths[first])
+        middle = (first + last) // 2
+        test = f"setp.gt.u32 wider, ${chosen}, {widths[middle]};\n@wider bra.uni over{middle};"
+        return "\n".join((test, choose(first, middle), f"over{middle}:", choose(middle + 1, last)))
+
+    # matrix descriptors (PTX ISA, wgmma): start / 16, leading offset not used, 1024 bytes between eights of rows, 128-byte
+    # swizzle
+    code = "\n".join((
+        f"{{ .reg .b32 low<{len(steps)}>, high; .reg .b64 there<{len(steps)}>; .reg .pred wider; mov.u32 high, 0x40000040;",
+        f"shr.u32 low0, ${address}, 4; and.b32 low0, low0, 0x3fff; or.b32 low0, low0, 0x10000;",
+        *(f"add.u32 low{s}, low0, {2 * s};" for s in steps[1:]),
+        *(f"mov.b64 there{s}, {{low{s}, high}};" for s in steps),
+        choose(0, len(widths) - 1), "done: }",
+    ))  # fmt: skip
+    constraints = ",".join(["=f"] * count + [str(i) for i in range(count)] + ["r"] * (len(fragment) + 2))
+    values = [Float32(v).ir_value(loc=loc, ip=ip) for v in sums]
+    values += [Uint32(v).ir_value(loc=loc, ip=ip) for v in (*fragment, tokens, width)]
+    result = llvm.inline_asm(
+        llvm.StructType.get_literal([MlirType.f32()] * count), values, code, constraints, has_side_effects=True,
+        is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
+    )  # fmt: skip
+    return [Float32(llvm.extractvalue(MlirType.f32(), result, [i], loc=loc, ip=ip)) for i in range(count)]
+
+
+@dsl_user_op
+def arrive_if(barrier: Any, condition: Any, *, loc: Any = None, ip: Any = None) -> None:
+    """One arrival at an mbarrier of this CTA where `condition` is not 0, without a branch: beside products that run, ptxas
+    takes a branch for a reason to run them one by one (its note C7513)."""
+    values = [Uint32(v).ir_value(loc=loc, ip=ip) for v in (barrier, condition)]
+    llvm.inline_asm(
+        None, values, "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p mbarrier.arrive.release.cta.shared::cta.b64 _, [$0]; }", "r,r",
+        has_side_effects=True, is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
+    )  # fmt: skip

@@ -1,6 +1,6 @@
 """What identifies a kernel: its operation, types and configuration, and a hash of the sources it is made from.
 
-Two kinds: `KernelSpec` multiplies, `DecodeSpec` decodes NVFP4 tokens for it.
+`KernelSpec` multiplies, `GroupedSpec` does so for a mixture of experts, `DecodeSpec` decodes NVFP4 tokens for them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,17 @@ from typing import Any, ClassVar
 import torch
 
 from glu4.backends.hopper.config import SHIPPED, Config
+from glu4.backends.hopper.grouped_config import GROUPED_SHIPPED, GroupedConfig
 from glu4.compiled.store import DSL_VERSION
 
-__all__ = ["DecodeSpec", "KernelSpec", "Spec", "shipped", "spec_from_dict"]
+__all__ = ["DecodeSpec", "GroupedSpec", "KernelSpec", "Spec", "shipped", "shipped_grouped", "spec_from_dict"]
 
 _SOURCES = tuple(
     f"backends/hopper/{name}.py" for name in ("config", "pack", "instructions", "dual_gemm", "decode_tokens", "build")
+)
+_GROUPED_SOURCES = (
+    *_SOURCES,
+    *(f"backends/hopper/{name}.py" for name in ("grouped_config", "grouped_schedule", "grouped_gemm", "grouped_build")),
 )
 _BUILDER = "glu4.backends.hopper.build"  # the module that compiles these, run in a process of its own
 _TYPES = {torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -84,32 +89,75 @@ class DecodeSpec:
         return asdict(self)
 
 
-Spec = KernelSpec | DecodeSpec
+@dataclass(frozen=True)
+class GroupedSpec:
+    """One grouped Hopper kernel, of gate and up. x, out: "f16" or "bf16"."""
+
+    config: GroupedConfig
+    x: str
+    out: str
+    arch: str = "sm_90a"
+
+    builder: ClassVar[str] = _BUILDER
+
+    @classmethod
+    def of(cls, config: GroupedConfig, x: torch.dtype, out: torch.dtype) -> GroupedSpec:
+        return cls(config, _TYPES[x], _TYPES[out])
+
+    @property
+    def name(self) -> str:
+        """As `KernelSpec.name`."""
+        return f"sm90_grouped_dual_gemm_w4a16_{self.x}_{self.out}_{self.config.name}"
+
+    @property
+    def key(self) -> str:
+        """As `KernelSpec.key`; the configuration in full, because its name only counts widths."""
+        return _key(f"{self.name} {self.config}", self.arch, _GROUPED_SOURCES)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "kind": "grouped"}
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> GroupedSpec:
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in d["config"].items()}
+        return cls(GroupedConfig(**fields), d["x"], d["out"], d["arch"])
+
+
+Spec = KernelSpec | GroupedSpec | DecodeSpec
 
 
 def spec_from_dict(d: dict[str, Any]) -> Spec:
-    """What either kind's `to_dict` wrote."""
+    """What any kind's `to_dict` wrote."""
+    if d.get("kind") == "grouped":
+        return GroupedSpec.from_dict(d)
     return KernelSpec.from_dict(d) if "config" in d else DecodeSpec(**d)
 
 
-def _key(name: str, arch: str) -> str:
-    text = f"{_source_hash()} {name} {arch} nvidia-cutlass-dsl {DSL_VERSION}"
+def _key(name: str, arch: str, sources: tuple[str, ...] = _SOURCES) -> str:
+    text = f"{_source_hash(sources)} {name} {arch} nvidia-cutlass-dsl {DSL_VERSION}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @cache
-def _source_hash() -> str:
+def _source_hash(sources: tuple[str, ...]) -> str:
     root = files("glu4")
     digest = hashlib.sha256()
-    for name in _SOURCES:
+    for name in sources:
         digest.update(name.encode() + b"\0" + root.joinpath(name).read_bytes() + b"\0")
     return digest.hexdigest()
 
 
+def shipped_grouped() -> list[Spec]:
+    """Every kernel for mixtures of experts that the dispatch can choose, and what decodes tokens for them."""
+    types = ("f16", "bf16")
+    return [*(GroupedSpec(c, x, out) for x in types for out in types for c in GROUPED_SHIPPED), DecodeSpec()]
+
+
 def shipped(dual: bool | None = None) -> list[Spec]:
-    """Every kernel that the dispatch can choose; of one operation only, if `dual` says which."""
+    """Every kernel that the dispatch can choose; of one dense operation only, if `dual` says which."""
     types = ("f16", "bf16")
     operations = (True, False) if dual is None else (dual,)
     kernels = [KernelSpec(c, x, out, d) for d in operations for x in types for out in types for c in SHIPPED]
     kernels += [KernelSpec(c, "nvfp4", out, d) for d in operations for out in types for c in SHIPPED if c.takes_nvfp4]
-    return [*kernels, DecodeSpec()]
+    grouped = shipped_grouped()[:-1] if dual is None else []
+    return [*kernels, *grouped, DecodeSpec()]

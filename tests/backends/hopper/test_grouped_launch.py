@@ -1,0 +1,143 @@
+"""Mixtures of experts on a Hopper device made of Python: what is launched, from where, and that nothing reads the offsets."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fake_hopper import FakeCuda, fake_hopper
+from glu4 import GatedWeights, NVFP4Tensor, UnsupportedError, grouped_dual_gemm, grouped_linear, quantize
+from glu4.activation import Activation
+from glu4.backends.hopper.grouped_config import GROUPED_SHIPPED, GroupedConfig, grouped_legal
+from glu4.backends.hopper.spec import DecodeSpec, GroupedSpec, shipped_grouped, spec_from_dict
+from glu4.problem import GroupedProblem
+from operands import full_range
+
+N, K, COUNTS = 40, 80, (3, 0, 5, 1)
+CLAMPED = Activation("swish", 1.702, 1.0, 7.0)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+    with fake_hopper(monkeypatch) as fake:
+        yield fake
+
+
+def stack(seed: int, experts: int = len(COUNTS)) -> NVFP4Tensor:
+    """Weights of full range; every expert's global scale is its own."""
+    parts = [full_range(seed + e, N, K) for e in range(experts)]
+    scales = torch.stack([p.block_scale.view(torch.uint8) for p in parts]).view(torch.float8_e4m3fn)
+    return NVFP4Tensor(torch.stack([p.codes for p in parts]), scales, torch.rand(experts) * 1e-4 + 1e-5)
+
+
+def weights(biased: bool = False) -> GatedWeights:
+    biases = {name: torch.randn(len(COUNTS), N) for name in ("gate_bias", "up_bias")} if biased else {}
+    return GatedWeights(stack(1), stack(50), **biases)
+
+
+def offsets() -> torch.Tensor:
+    return torch.tensor([0, *torch.tensor(COUNTS).cumsum(0).tolist()], dtype=torch.int32)
+
+
+def tokens(dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.randn(sum(COUNTS) + 2, K).to(dtype)
+
+
+def agree(got: torch.Tensor, want: torch.Tensor) -> bool:
+    """Both round once what differs by the order of sums alone."""
+    rows = sum(COUNTS)
+    a, b = got[:rows].double(), want[:rows].double()
+    return bool(((a - b).abs() <= 2 * torch.finfo(got.dtype).eps * b.abs() + 1e-6).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", ["prepared", "freed", "object", "tensors"])
+def test_one_launch_for_all_experts(hopper: FakeCuda, form: str, dtype: torch.dtype) -> None:
+    w, x = weights(biased=form != "tensors"), tokens(dtype)
+    want = grouped_dual_gemm(x, w, offsets(), activation=CLAMPED, backend="portable")
+    given = {
+        "prepared": lambda: copy.copy(w).prepare("cpu"),
+        "freed": lambda: copy.copy(w).prepare("cpu", free_original=True),
+        "object": lambda: w,
+        "tensors": lambda: (w.gate, w.up),
+    }[form]()
+    before = len(hopper.launches)
+    out = torch.full((x.shape[0], N), 7.0, dtype=dtype)
+    grouped_dual_gemm(x, given, offsets(), activation=CLAMPED, out=out, backend="hopper")
+    assert agree(out, want)
+    assert (out[sum(COUNTS) :] == 7).all()
+    assert [type(launched.spec) for launched in hopper.launches[before:]] == [GroupedSpec]
+
+
+def test_only_the_packed_form_is_kept_and_unpacks_to_the_same_values(hopper: FakeCuda) -> None:
+    w = weights()
+    gate = w.gate.dequantize(torch.float32)
+    freed = copy.copy(w).prepare("cpu", free_original=True)
+    assert freed.matrices is None
+    assert freed.shape == (len(COUNTS), N, K)
+    assert torch.equal(freed.gate.dequantize(torch.float32), gate)
+    x = tokens()
+    assert agree(
+        grouped_dual_gemm(x, freed, offsets(), backend="portable"), grouped_dual_gemm(x, w, offsets(), backend="portable")
+    )
+
+
+def test_nvfp4_tokens_are_decoded_by_a_kernel_ahead(hopper: FakeCuda) -> None:
+    w, x = weights().prepare("cpu"), quantize(tokens().float())
+    want = grouped_dual_gemm(x, w, offsets(), out_dtype=torch.float16, backend="portable")
+    before = len(hopper.launches)
+    assert agree(grouped_dual_gemm(x, w, offsets(), out_dtype=torch.float16), want)
+    assert [type(launched.spec) for launched in hopper.launches[before:]] == [DecodeSpec, GroupedSpec]
+
+
+def test_rows_that_are_not_dense_and_no_rows(hopper: FakeCuda) -> None:
+    w, x = weights().prepare("cpu"), tokens()
+    want = grouped_dual_gemm(x, w, offsets(), backend="portable")
+    column_major = torch.full((N, x.shape[0]), 7.0).half().t()
+    grouped_dual_gemm(x, w, offsets(), out=column_major)
+    assert agree(column_major, want)
+    assert (column_major[sum(COUNTS) :] == 7).all()
+    before = len(hopper.launches)
+    assert grouped_dual_gemm(x[:0], w, torch.zeros(len(COUNTS) + 1, dtype=torch.int32)).shape == (0, N)
+    assert len(hopper.launches) == before
+
+
+def test_what_the_kernel_does_not_do_goes_elsewhere(hopper: FakeCuda) -> None:
+    w = weights().prepare("cpu")
+    x = tokens()
+    assert grouped_linear(x, w.gate, offsets()).shape == (x.shape[0], N)
+    with pytest.raises(UnsupportedError, match="backend hopper: grouped_linear: the grouped Hopper kernel takes gate and up"):
+        grouped_linear(x, w.gate, offsets(), backend="hopper")
+    with pytest.raises(UnsupportedError, match="backend hopper: float32 activations"):
+        grouped_dual_gemm(x.float(), w, offsets(), backend="hopper")
+
+
+def test_specs_come_back_as_they_were_written() -> None:
+    for spec in shipped_grouped():
+        assert spec_from_dict(spec.to_dict()) == spec
+    specs = [s for s in shipped_grouped() if isinstance(s, GroupedSpec)]
+    assert len({s.name for s in specs}) == len(specs) == 4 * len(GROUPED_SHIPPED)
+    one, other = (GroupedSpec(GroupedConfig(choices=c), "f16", "f16") for c in ((128, 64), (128, 96)))
+    assert one.name == other.name
+    assert one.key != other.key
+
+
+def test_what_a_configuration_may_be() -> None:
+    for config in GROUPED_SHIPPED:
+        assert config.stages >= 2
+        assert config.shared_bytes <= 227 * 1024
+        assert config.consumer_registers * 128 * config.rows + 32 * 128 <= 65536
+    for wrong, message in (
+        ({"widths": (8, 16)}, "widths: expected ascending ones that end with 128"),
+        ({"widths": (12, 128), "choices": (128,)}, "widths: expected multiples of 8"),
+        ({"choices": (120,)}, "choices: expected some of"),
+        ({"box": 48}, "box: expected a multiple of 8 that divides 128, got 48"),
+        ({"steps": 3}, "steps: expected 1, 2 or 4, got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GroupedConfig(**wrong)  # type: ignore[arg-type]
+    problem = GroupedProblem(4, 2, 8, 16, out_dtype=torch.float32)
+    assert grouped_legal(GroupedConfig(), problem) == "float32 output: the kernel writes float16 or bfloat16"
