@@ -43,7 +43,7 @@ CONFIGS = (
     GroupedConfig(128, 2, 32, WIDTHS, CHOICES, 4),
     GroupedConfig(128, 3, 32, WIDTHS, CHOICES, 4),
     GroupedConfig(128, 4, 32, WIDTHS, CHOICES, 2),
-    GroupedConfig(256, 2, 64, WIDE, (256, 224, 192, 160, 128), 4),
+    GroupedConfig(256, 2, 32, WIDE, (256, 224, 192, 160, 128), 4),
     GroupedConfig(128, 2, 128, WIDTHS, CHOICES, 4),
     GroupedConfig(64, 4, 32, EIGHTS, (64, 56, 48, 40, 32), 2),
     GroupedConfig(64, 3, 64, EIGHTS, (64, 56, 48, 40, 32), 4),

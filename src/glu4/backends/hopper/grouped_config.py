@@ -120,8 +120,9 @@ _WIDE = (8, 16, 32, 64, 96, 128, 160, 192, 224, 256)
 # what the dispatch can choose, by the mean tokens of an expert up to which each is best (docs/notebook-hopper.md, section 7)
 _BY_MEAN = (
     (8, GroupedConfig(16, 4, 16, (8, 16), (16,), 2)),
-    (96, GroupedConfig(64, 4, 32, tuple(range(8, 65, 8)), (64, 56, 48, 40, 32), 2)),
-    (1 << 31, GroupedConfig(256, 2, 64, _WIDE, (256, 224, 192, 160, 128), 4)),
+    (96, GroupedConfig()),
+    (192, GroupedConfig(256, 2, 32, _WIDE, (256, 224, 192, 160, 128), 4)),
+    (1 << 31, GroupedConfig(rows=4, steps=2)),
 )
 GROUPED_SHIPPED = tuple(config for _, config in _BY_MEAN)
 
