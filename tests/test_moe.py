@@ -150,6 +150,48 @@ def test_combine_is_the_weighted_sum_of_a_plain_loop() -> None:
     assert moe_combine(y, routing, router, out_dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.integers(0, 8),
+    top_k=st.integers(1, 5),
+    count=st.integers(1, 6),
+    width=st.integers(0, 9),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+)
+@settings(max_examples=100, deadline=None)
+def test_combine_of_any_routing(seed: int, tokens: int, top_k: int, count: int, width: int, dtype: torch.dtype) -> None:
+    """Within what float32 may leave of the sums, and the same bits whatever lies in rows of no expert and under whatever order.
+
+    top_k products and top_k sums of float32 err by at most (top_k + 1) u of the sum of magnitudes each, u = 2^-24; doubled for
+    the terms of u^2.
+    """
+    gen = torch.Generator().manual_seed(seed)
+    ids = torch.randint(-2, count + 2, (tokens, top_k), generator=gen)
+    routing = sort_by_expert(ids, count)
+    last = int(routing.group_offsets[-1])
+    y = torch.randn(tokens * top_k, width, generator=gen).to(dtype)
+    router = torch.randn(tokens, top_k, generator=gen)
+    y[last:] = torch.nan
+    got = moe_combine(y, routing, router, out_dtype=torch.float32)
+    exact, magnitude = torch.zeros(tokens, width, dtype=torch.float64), torch.zeros(tokens, width, dtype=torch.float64)
+    for r in range(last):
+        token, choice = divmod(int(routing.order[r]), top_k)
+        term = router[token, choice].double() * y[r].double()
+        exact[token] += term
+        magnitude[token] += term.abs()
+    assert ((got.double() - exact).abs() <= 2 * (top_k + 1) * 2.0**-24 * magnitude).all()
+    y[last:] = 3.0
+    assert torch.equal(moe_combine(y, routing, router, out_dtype=torch.float32), got)
+    assert torch.equal(moe_combine(y, routing, router), got.to(dtype))
+
+
+def test_a_row_of_another_choice_would_be_seen() -> None:
+    routing = sort_by_expert(torch.tensor([[1, 0], [0, 1]]), 2)
+    y, router = draw(1, 4, 3), torch.tensor([[0.25, 1.0], [2.0, 0.5]])
+    wrong = Routing(routing.order.flip(0), routing.group_offsets)
+    assert not torch.allclose(moe_combine(y, wrong, router), moe_combine(y, routing, router))
+
+
 def whole_layer(x: torch.Tensor, ids: torch.Tensor, router: torch.Tensor, w: GatedWeights) -> torch.Tensor:
     q = quantize(x, 0.01, nonfinite="propagate")
     hidden, routing = moe_gate_up(q, ids, w, out_dtype=torch.float16)
