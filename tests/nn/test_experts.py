@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fake_hopper import fake_hopper
 from glu4 import (
     GatedWeights,
     NVFP4Tensor,
@@ -25,7 +26,17 @@ from glu4 import (
     quantize,
 )
 from glu4.activation import SILU
-from glu4.nn import ExpertsLinear, GatedExperts, GatedMLP, NVFP4ExpertsLinear, convert, load, save, set_mode
+from glu4.nn import (
+    ExpertsLinear,
+    GatedExperts,
+    GatedMLP,
+    NVFP4ExpertsLinear,
+    convert,
+    free_originals,
+    load,
+    save,
+    set_mode,
+)
 from glu4.nn.probe import Skip, check_experts
 from glu4.verify.case import Block
 from glu4.verify.metrics import block_terms
@@ -349,6 +360,27 @@ def test_modes_moves_and_state() -> None:
     other.load_state_dict(module.state_dict())
     assert torch.equal(other(x, ids, router), first)
     assert "experts=3, in_features=64, gated_features=32, activation=silu, mode=w4a16" in repr(module)
+
+
+@pytest.mark.parametrize("mode", ["w4a16", "w4a4"])
+def test_experts_on_the_kernel(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed at once, in one launch for all experts, the same bits with the packed form alone and after a save."""
+    with fake_hopper(monkeypatch) as cuda:
+        module = stack(mode, input_scale=torch.tensor([0.001, 0.004, 0.002]))
+        x = torch.randn(5, 64, generator=torch.Generator().manual_seed(2)).half()
+        ids, router = torch.tensor([[0, 1], [2, -1], [1, 3], [0, 2], [-1, -1]]), torch.rand(5, 2)
+        assert module.weights.packed is not None
+        out = module(x, ids, router)
+        assert [type(launch.spec).__name__ for launch in cuda.launches].count("GroupedSpec") == 1
+        assert free_originals(module) == 1
+        assert torch.equal(module(x, ids, router), out)
+        other = stack(mode, input_scale=torch.tensor([0.5, 0.5, 0.5]))
+        other.load_state_dict(module.state_dict())
+        assert torch.equal(other(x, ids, router), out)
+        for w in (module.gate.global_scale, module.up.global_scale):
+            w.copy_(w.roll(1))
+        module._prepare_again()
+        assert not torch.equal(module(x, ids, router), out)
 
 
 def test_refusals_of_the_module() -> None:

@@ -15,7 +15,7 @@ from fake_hopper import fake_hopper
 from glu4 import dispatch, reference
 from glu4.activation import SILU, Activation, clamped_silu
 from glu4.backends.hopper.pack import pack_gated, pack_matrix
-from glu4.nn import GatedMLP, NVFP4Linear, free_originals, set_mode
+from glu4.nn import GatedExperts, GatedMLP, NVFP4Linear, free_originals, set_mode
 from glu4.nvfp4 import NVFP4Tensor, quantize
 from glu4.verify.cases import Case
 from glu4.verify.checker import check
@@ -313,14 +313,18 @@ def test_nothing_is_freed_where_nothing_is_packed() -> None:
 
 def test_each_module_asks_for_kernels_of_its_own_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_hopper(monkeypatch):
-        asked: list[bool] = []
-        packs = dispatch.packs
-        monkeypatch.setattr(dispatch, "packs", lambda device, dual: asked.append(dual) or packs(device, dual))
+        asked: set[tuple[bool, bool]] = set()
+        monkeypatch.setattr(dispatch, "packs", lambda device, dual, stacked=False: asked.add((dual, stacked)))
         _bare(_weights(1))
-        assert set(asked) == {True}
+        assert asked == {(True, False)}
         asked.clear()
         NVFP4Linear(_weights(1).gate)
-        assert set(asked) == {False}
+        assert asked == {(False, False)}
+        asked.clear()
+        gate = _weights(1).gate
+        one = NVFP4Tensor(gate.codes[None], gate.block_scale[None], gate.global_scale[None])
+        GatedExperts(GatedWeights(one, one), nn.Identity())
+        assert asked == {(True, True)}
 
 
 @pytest.mark.parametrize("mode", ["w4a16", "w4a4"])

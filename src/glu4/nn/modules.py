@@ -146,8 +146,8 @@ class _Prepared(_ExactBuffers, Generic[W]):
     def _prepare_again(self) -> None:
         """Pack now where a kernel wants that: a graph that torch.compile traces before the first call could not."""
         self._ready = None
-        device = self._matrices()[0].codes.device
-        if dispatch.packs(device, self.dual):
+        codes = self._matrices()[0].codes
+        if dispatch.packs(codes.device, self.dual, stacked=codes.ndim == 3):
             with suppress(ValueError):  # memory not filled yet, or damaged weights: the next call says which
                 self._current()
 
@@ -299,9 +299,9 @@ class NVFP4Linear(_Prepared[LinearWeight]):
 
 
 def free_originals(model: nn.Module) -> int:
-    """Let every GatedMLP and NVFP4Linear of `model` keep its packed form alone, which halves what its weights take on a Hopper
-    GPU; returns how many do. For inference: what needs NVFP4 again (state_dict, load_state_dict, moves, copies, saving) unpacks
-    it, and both forms are held from then on.
+    """Let every GatedMLP, GatedExperts and NVFP4Linear of `model` keep its packed form alone, which halves what its weights
+    take on a Hopper GPU; returns how many do. For inference: what needs NVFP4 again (state_dict, load_state_dict, moves,
+    copies, saving) unpacks it, and both forms are held from then on.
 
     Only what is packed is freed, so elsewhere nothing changes. The same values come back, but codes of blocks with scale zero
     as zero. Call it after the last move or load; memory is free once nobody else holds the tensors.
