@@ -1,6 +1,6 @@
 """Which tile a CTA of the grouped kernel computes next: the same answer in every CTA, from `offsets` alone. Device code.
 
-A twin in plain Python, `tests/backends/hopper/test_grouped_schedule.py`, says what the schedule is.
+A twin in plain Python, `tests/grouped_twin.py`, says what the schedule is.
 """
 
 from __future__ import annotations

@@ -1,0 +1,78 @@
+"""The grouped kernel's schedule, compiled and run in the emulator, against its twin in plain Python."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import struct
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from glu4.backends.hopper.grouped_config import GroupedConfig
+from glu4.emulator.launch import emulate, load
+from grouped_twin import of_cta, plan
+
+CONFIG = GroupedConfig(32, 4, 8, (8, 16, 32), (32, 16), 2)
+
+
+@pytest.fixture(scope="module")
+def ptx(tmp_path_factory: pytest.TempPathFactory) -> str:
+    if importlib.util.find_spec("cutlass") is None:
+        pytest.skip("needs CuTe DSL to compile the Hopper kernels")
+    path = tmp_path_factory.mktemp("dump") / "schedule.ptx"
+    environment = {
+        "CUTE_DSL_ARCH": "sm_90a",
+        "CUTE_DSL_DISABLE_FILE_CACHING": "1",
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(path.parent),
+    }
+    command = [sys.executable, str(Path(__file__).with_name("grouped_schedule_dump.py")), repr(CONFIG), str(path)]
+    subprocess.run(command, check=True, env=environment, timeout=300)
+    return path.read_text()
+
+
+@cache
+def drawn(seed: int, experts: int) -> list[int]:
+    """Offsets of a mixture: many experts with none or few tokens, some with many."""
+    rng = np.random.default_rng(seed)
+    counts = np.where(rng.random(experts) < 0.4, 0, rng.geometric(0.08, experts))
+    return [0, *itertools.accumulate(int(c) for c in counts)]
+
+
+@pytest.mark.parametrize(
+    ("offsets", "rows", "row_tiles", "ctas"),
+    [
+        ([0, 3, 3, 12, 13, 30], 32, 3, 4),
+        ([0, 0, 0], 5, 2, 3),
+        ([0, 33, 97], 97, 1, 2),
+        ([4, 90, -3, 12, 7], 40, 2, 3),
+        pytest.param(drawn(1, 37), drawn(1, 37)[-1], 2, 5, marks=pytest.mark.slow),
+        pytest.param(drawn(2, 512), drawn(2, 512)[-1] + 1, 1, 2, marks=pytest.mark.slow),
+    ],
+    ids=lambda v: str(len(v)) if isinstance(v, list) else str(v),
+)
+def test_the_device_has_the_twins_schedule(ptx: str, offsets: list[int], rows: int, row_tiles: int, ctas: int) -> None:
+    want = plan(offsets, rows, row_tiles, ctas, CONFIG)
+    size = len(want) + 2
+    launch = {
+        "grid": [ctas], "block": [CONFIG.threads], "dynamic_smem": 16384,
+        "params": [
+            {"pack": [{"ptr": "offsets"}, {"bytes": struct.pack("<i4x", len(offsets)).hex()}]},
+            {"pack": [{"ptr": "out"}, {"bytes": struct.pack("<i4x", size).hex()}]},
+            {"i32": row_tiles}, {"i32": rows},
+        ],
+    }  # fmt: skip
+    buffers = {"offsets": np.array(offsets, np.int32), "out": np.full((size, 6), -7, np.int32)}
+    result = emulate(load(ptx), launch, buffers)
+    assert result.report.clean, str(result.report)
+    got = result.buffers["out"]
+    assert (got[len(want) :] == -7).all()
+    assert [tuple(row[:5]) for row in got[: len(want)].tolist()] == [tuple(t) for t in want]
+    rounds = -(-len(want) // ctas)
+    whose = {of_cta(turn, cta, ctas): cta for turn in range(rounds) for cta in range(ctas)}
+    assert [row[5] for row in got[: len(want)].tolist()] == [whose[i] for i in range(len(want))]
