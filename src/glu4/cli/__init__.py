@@ -12,7 +12,7 @@ import sys
 
 import typer
 
-from glu4.cli import bench, demo, doctor, emulate, evaluate, inspect, roofline, tune, verify
+from glu4.cli import bench, demo, doctor, emulate, evaluate, export_submission, inspect, roofline, tune, verify
 from glu4.cli import compile as compile_command
 from glu4.cli.output import error_line
 
@@ -37,6 +37,7 @@ app.command("compile")(compile_command.command)
 app.command("bench")(bench.command)
 app.command("tune")(tune.command)
 app.command("emulate")(emulate.command)
+app.command("export-submission")(export_submission.command)
 
 
 def main() -> None:

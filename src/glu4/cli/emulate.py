@@ -71,6 +71,18 @@ TimeOption = Annotated[
 MemoryOption = Annotated[
     float, typer.Option("--memory-limit", metavar="GIB", min=0, help="Memory for what the launch describes, and for its run.")
 ]
+KernelOption = Annotated[
+    str | None,
+    typer.Option("--kernel", metavar="NAME", help="sm100_dual_gemm_w4a4 or sm100_linear_w4a4: glu4's own, compiled now."),
+]
+ConfigOption = Annotated[
+    str | None, typer.Option("--config", metavar="FIELD=VALUE,..", help="Of --kernel: changes of the shape's default.")
+]
+ShapeOption = Annotated[str | None, typer.Option("--shape", metavar="M,N,K[,L]", help="Of --kernel.")]
+TilesOption = Annotated[
+    int | None,
+    typer.Option("--tiles", metavar="N", min=1, help="Of --kernel: tiles of the output, corners first; 2 without it."),
+]
 ExampleOption = Annotated[
     Path | None,
     typer.Option("--example", metavar="DIR", help="Write a kernel, its twin with a race, a launch and inputs there; run none."),
@@ -105,15 +117,40 @@ def command(
     time_limit: TimeOption = None,
     memory_limit: MemoryOption = 8.0,
     example: ExampleOption = None,
+    own: KernelOption = None,
+    config: ConfigOption = None,
+    shape: ShapeOption = None,
+    tiles: TilesOption = None,
     json: JsonOption = False,
 ) -> None:
     """Run a kernel's PTX with no GPU, under several schedules; report races, deadlocks, lifetimes and misuse.
 
-    Exit code 0: clean. 3: a hazard was found. 2: unusable input.
+    With --kernel it is compiled and captured here (CuTe DSL and a C compiler), and its numbers are checked as well.
+
+    Exit code 0: clean. 3: a hazard was found, or with --kernel a wrong number. 2: unusable input.
     """
     if example is not None:
         _write_example(example)
         return
+    if own is not None:
+        from glu4.cli.tiles import emulate_kernel
+
+        used: dict[str, object] = {
+            "KERNEL.ptx": kernel,
+            "--launch": launch,
+            "--inputs": inputs,
+            "--outputs": outputs,
+            "--report": report,
+        }
+        used |= {"--ctas": ctas, "--timeline": timeline}
+        _refuse(
+            [name for name, value in used.items() if value is not None], "of a PTX file, and --kernel names one of glu4's own"
+        )
+        most = {"max_instructions": max_instructions, "time_limit": time_limit, "memory_limit": int(memory_limit * 2**30)}
+        right = emulate_kernel(own, config, shape, _plan(schedules, schedule, seed), tiles or 2, most, json)
+        raise typer.Exit(0 if right else _FOUND)
+    given = {"--config": config, "--shape": shape, "--tiles": tiles}
+    _refuse([name for name, value in given.items() if value is not None], "of --kernel")
     if kernel is None or launch is None:
         raise ValueError("give KERNEL.ptx and --launch FILE; --example DIR writes a pair to start from")
     for path in (outputs, report, timeline):
@@ -149,6 +186,11 @@ def command(
     else:
         _print(runs)
     raise typer.Exit(_FOUND if any(r.hazards for r in runs) else 0)
+
+
+def _refuse(given: list[str], why: str) -> None:
+    if given:
+        raise ValueError(f"{', '.join(given)}: options {why}")
 
 
 # running

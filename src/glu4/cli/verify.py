@@ -42,6 +42,13 @@ SeedOption = Annotated[
 LogOption = Annotated[
     Path | None, typer.Option("--log", metavar="FILE", help="Keep what the submission prints, and its tracebacks, in FILE.")
 ]
+EmulateOption = Annotated[
+    bool,
+    typer.Option("--emulate", help="No GPU: emulate the submission's launches at the public test shapes, some tiles of each."),
+]
+TilesOption = Annotated[
+    int | None, typer.Option("--tiles", metavar="N", min=1, help="CTAs or clusters of each emulated launch; 2 without it.")
+]
 CasesOption = Annotated[
     int | None, typer.Option("--cases", metavar="N", min=1, help="Random cases for each backend; 100 without it.")
 ]
@@ -59,6 +66,8 @@ def command(
     device: DeviceOption = None,
     seed: SeedOption = None,
     log: LogOption = None,
+    emulate: EmulateOption = False,
+    tiles: TilesOption = None,
     json: JsonOption = False,
 ) -> None:
     """Check results against the specification: the backends of this machine, or a submission.
@@ -70,10 +79,15 @@ def command(
         _check_device(device)
         if submission is None:
             _check_unused({"--problem": problem, "--log": log}, "are for a submission; add --submission FILE")
+            _check_unused({"--emulate": emulate or None, "--tiles": tiles}, "are for a submission; add --submission FILE")
             right = _backends(cases or (20 if quick else 100), chosen, device, json)
         else:
             _check_unused({"--cases": cases}, "is for this machine's backends; leave it out, or leave --submission out")
-            right = _submission(submission, problem, chosen, quick, timeout, device, log, json)
+            if emulate:
+                right = _emulated(submission, problem, chosen, quick, tiles, device, log, json)
+            else:
+                _check_unused({"--tiles": tiles}, "is for --emulate")
+                right = _submission(submission, problem, chosen, quick, timeout, device, log, json)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         if json:
             emit_json({"status": "could not run", "seed": chosen, "error": str(error)})
@@ -123,6 +137,19 @@ def _submission(
     else:
         _print_submission(report, seed)
     return report.ok
+
+
+def _emulated(
+    file: Path, problem: str | None, seed: int, quick: bool, tiles: int | None, device: str | None, log: Path | None, json: bool
+) -> bool:
+    from glu4.cli.tiles import verify_emulated
+    from glu4.verify.submission import detect_problem
+
+    _check_unused({"--device": device}, "is not for --emulate, which runs on the CPU")
+    chosen = detect_problem(file) if problem is None else problem
+    if chosen != "dual_gemm":
+        raise ValueError(f"--emulate: expected a submission for dual_gemm, and this is one for {chosen}")
+    return verify_emulated(file, seed, quick, tiles or 2, log, json)
 
 
 def _submission_document(report: SubmissionReport, seed: int) -> dict[str, Any]:
