@@ -199,9 +199,9 @@ FAULTS = {
         "        tiles = (count + most - 2) // most\n        _,",
     ),
     "too narrow a product": ("            wide = share > below\n", "            wide = share > below + 1\n"),
-    "experts before of the same width not counted": (
-        "        first = wider - own + earlier\n",
-        "        first = wider - own\n",
+    "experts of one width in one place": (
+        "            before = inside if place == p else before\n",
+        "            before = before\n",
     ),
     "no wait for the kernel before": ("        cute.arch.griddepcontrol_wait()\n", ""),
     "a stage released before its products are done": ("                warpgroup.wait_group(1)\n", ""),
