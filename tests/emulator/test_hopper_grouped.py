@@ -65,7 +65,7 @@ def ptx(config: GroupedConfig, old: str = "", new: str = "") -> str:
             "HOME": scratch,
         }
         command = [sys.executable, "-c", COMPILE, str(path), repr(config), old, new]
-        subprocess.run(command, check=True, env=environment, timeout=120)
+        subprocess.run(command, check=True, env=environment, timeout=400)
         return path.read_text()
 
 
