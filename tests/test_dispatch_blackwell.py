@@ -177,6 +177,17 @@ def test_what_else_is_done_with_prepared_weights(cuda: FakeBlackwell, k: int) ->
     assert torch.equal(dual_gemm(x, freed, out_dtype=F16), expected(x, p, F16))
 
 
+def test_modules_are_prepared_when_they_are_made(cuda: FakeBlackwell) -> None:
+    from glu4.nn import NVFP4Linear
+
+    w, x = full_range(1, 72, 96), launch.prepared(full_range(3, 5, 96))
+    module = NVFP4Linear(w)
+    assert module._ready is not None
+    assert launch.is_prepared(module._ready.matrix)
+    assert torch.equal(module.state_dict()["weight.codes"], w.codes)
+    assert torch.equal(linear(x, module._ready, out_dtype=F16), reference.linear(x, w, out_dtype=F16))
+
+
 # ---- what runs where ----
 
 

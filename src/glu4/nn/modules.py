@@ -144,10 +144,11 @@ class _Prepared(_ExactBuffers, Generic[W]):
         return self._ready
 
     def _prepare_again(self) -> None:
-        """Pack now where a kernel wants that: a graph that torch.compile traces before the first call could not."""
+        """Prepare now where a kernel wants that: a graph that torch.compile traces before the first call could not."""
         self._ready = None
         codes = self._matrices()[0].codes
-        if dispatch.packs(codes.device, self.dual, stacked=codes.ndim == 3):
+        device, dual = codes.device, self.dual
+        if dispatch.packs(device, dual, stacked=codes.ndim == 3) or dispatch.arranges(device, dual):
             with suppress(ValueError):  # memory not filled yet, or damaged weights: the next call says which
                 self._current()
 
