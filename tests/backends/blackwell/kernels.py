@@ -101,11 +101,11 @@ KERNELS: dict[str, tuple[KernelSpec, tuple[int, int, int]]] = {
             ),
             "bf16",
         ),
-        (600, 136, 1312),
+        (300, 136, 1312),
     ),
     "single warp, launch control": (
         KernelSpec(Config(2, 256, 64, stages=2, schedule="launch_control", warps="single"), "f16"),
-        (600, 136, 800),
+        (300, 136, 800),
     ),
     "launch control": (KernelSpec(Config(tile_n=64, stages=3, schedule="launch_control"), "f16"), (300, 260, 544)),
     "launch control, pair": (
@@ -124,15 +124,15 @@ KERNELS: dict[str, tuple[KernelSpec, tuple[int, int, int]]] = {
             ),
             "bf16",
         ),
-        (600, 136, 800),
+        (300, 136, 800),
     ),
     "linear": (KernelSpec(Config(tile_n=256, stages=2), "f16", dual=False), (130, 264, 800)),
     "linear, pair": (KernelSpec(Config(2, 256, 64, stages=3, order="by_matrix"), "bf16", dual=False), (260, 90, 1056)),
 }
 
-# one value of one field each, beside this base: four steps of 480 run through three stages; two tiles along M and N, with tails
+# one value of one field each, beside this base: four steps of 480 run through three stages; M and N have tails
 BASE = Config(tile_n=64, tile_k=128, stages=3, load_width=16)
-FIELD_SHAPE = DualShape(130, 72, 480)
+FIELD_SHAPES = (DualShape(130, 40, 480), DualShape(130, 72, 480))  # one CTA a tile: two tiles; persistent ones: four
 FIELDS: dict[str, KernelSpec] = {
     "base": KernelSpec(BASE, "f16"),
     "bf16": KernelSpec(BASE, "bf16"),

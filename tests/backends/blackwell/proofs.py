@@ -1,21 +1,23 @@
 """What is run in the emulator to prove the Blackwell kernels, and the table of `make prove-all`'s part in docs/blackwell.md.
 
-`python -m backends.blackwell.proofs FOLDER`, in tests/, runs all of it, keeps compiled kernels in FOLDER and writes the table.
+`python -m backends.blackwell.proofs FOLDER [PART PARTS]`, in tests/, runs all of it, or every PARTS-th beginning with number PART,
+and writes the table of what is done. Compiled kernels and the outcomes are kept in FOLDER; what is there is not run again.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from backends.blackwell.kernels import DTYPES, FIELD_SHAPE, FIELDS, PROCESSORS, SENTINEL, Kernels, default, operands
+from backends.blackwell.kernels import DTYPES, FIELD_SHAPES, FIELDS, PROCESSORS, SENTINEL, Kernels, default, operands
 from backends.blackwell.tanh import outside
 from glu4.backends.blackwell.config import Config, legal
 from glu4.backends.blackwell.emulation import Exported
@@ -25,7 +27,8 @@ from glu4.problem import Problem
 from glu4.verify import Case, check, full_range_case
 from glu4.verify.contest import DUAL_BENCHMARKS, DUAL_TESTS, DualShape
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "blackwell.md"
+ROOT = Path(__file__).parents[3]
+DOCUMENT = ROOT / "docs" / "blackwell.md"
 BEGIN, END = "<!-- proofs: begin -->\n", "<!-- proofs: end -->\n"
 Schedule = tuple[str, int]
 Tile = tuple[int, int]
@@ -38,19 +41,26 @@ TAILS = (DualShape(500, 4024, 7072), DualShape(250, 3000, 4064))
 
 @dataclass(frozen=True)
 class Proof:
-    """One kernel and problem, by schedules; tiles: along M and N, None for all."""
+    """One kernel and problem, by schedules; tiles: along M and N, None for all; processors: that a persistent kernel fills."""
 
     name: str
     spec: KernelSpec
     shape: DualShape
     schedules: Sequence[Schedule]
     tiles: tuple[Tile, ...] | None = None
+    processors: int = PROCESSORS
+
+
+def of_field(name: str, schedules: Sequence[Schedule]) -> Proof:
+    """Of one of FIELDS. With three processors stream-K's share tiles, and a static schedule's have one or two."""
+    spec = FIELDS[name]
+    return Proof(name, spec, FIELD_SHAPES[spec.config.schedule != "one_wave"], schedules, processors=3)
 
 
 def proofs() -> Iterator[Proof]:
     """What `make prove-all` runs of these kernels beside CI's part."""
-    for name, spec in FIELDS.items():
-        yield Proof(name, spec, FIELD_SHAPE, TWENTY)
+    for name in FIELDS:
+        yield of_field(name, TWENTY)
     for shape in dict.fromkeys((*DUAL_TESTS, *DUAL_BENCHMARKS, *TAILS)):
         spec = default(shape)
         if shape == WHOLE:
@@ -80,11 +90,12 @@ def case_of(proof: Proof) -> Case:
 
 @dataclass
 class Outcome:
-    """Of one proof: CTAs and warp instructions of a run, seconds of all."""
+    """Of one proof: CTAs and warp instructions of a run, seconds of all; at which commit."""
 
     ctas: int
     instructions: int
     seconds: float
+    commit: str = ""
 
 
 def prove(kernel: Exported, proof: Proof) -> Outcome:
@@ -99,7 +110,7 @@ def prove(kernel: Exported, proof: Proof) -> Outcome:
     for schedule, seed in proof.schedules:
         out = np.full((1, m + 2, n + 8), SENTINEL, np.uint16)
         result, got = kernel.run(
-            operands(case), out, processors=PROCESSORS, ctas=ctas, schedule_name=schedule, seed=seed
+            operands(case), out, processors=proof.processors, ctas=ctas, schedule_name=schedule, seed=seed
         )  # fmt: skip
         assert result.report.clean, str(result.report)
         rest = result.buffers["out"].copy()
@@ -112,7 +123,7 @@ def prove(kernel: Exported, proof: Proof) -> Outcome:
                 assert not outside(part, actual).any()
             rest[0, rows, cols] = SENTINEL
         assert (rest == SENTINEL).all(), "written outside of C or of the chosen tiles"
-        grid = c.grid(m, n, 1, PROCESSORS)
+        grid = c.grid(m, n, 1, proof.processors)
         outcome.ctas = len(ctas) if ctas else grid[0] * grid[1] * grid[2]
         outcome.instructions = result.report.instructions
         outcome.seconds += result.report.seconds
@@ -141,7 +152,14 @@ HEAD = """\
 """
 
 
+def recorded(text: str) -> list[list[str]]:
+    """Cells of each row of the document's table."""
+    rows = text.split(BEGIN)[1].split(END)[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in rows if line.startswith("|")]
+
+
 def row(proof: Proof, outcome: Outcome) -> str:
+    """A line of it."""
     tiles = "all" if proof.tiles is None else " ".join(f"({i}, {j})" for i, j in proof.tiles)
     cells = (
         proof.name, proof.spec.name, proof.shape, tiles, len(proof.schedules), outcome.ctas, outcome.instructions, "right, clean",
@@ -149,23 +167,35 @@ def row(proof: Proof, outcome: Outcome) -> str:
     return "| " + " | ".join(str(cell) for cell in cells) + " |\n"
 
 
+def commit() -> str:
+    """Where the kernels and the emulator are."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = git("status", "--short", "--untracked-files=no", "src/glu4/backends/blackwell", "src/glu4/emulator")
+    return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    root = Path(__file__).parents[3]
+    folder = Path(sys.argv[1]).absolute()
+    part, count = (int(v) for v in sys.argv[2:4] or (0, 1))
     listed = list(proofs())
-    kernels = Kernels({p.spec.name: p.spec for p in listed}, Path(sys.argv[1]).absolute())
-    rows, seconds = "", 0.0
-    for proof in listed:
-        outcome = prove(kernels[proof.spec.name], proof)
-        rows, seconds = rows + row(proof, outcome), seconds + outcome.seconds
-        print(row(proof, outcome), end="", flush=True)
-    paths = ["src/glu4/backends/blackwell", "src/glu4/emulator"]
-    changed = subprocess.run(["git", "status", "--short", *paths], cwd=root, capture_output=True, text=True, check=True).stdout
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True
-    ).stdout
-    state = f"{commit.strip()}{' with changes' if changed else ''}"
-    said = f"\nRun at commit {state}: {seconds / 60:.0f} minutes in the emulator.\n"
+    kernels = Kernels({p.spec.name: p.spec for p in listed}, folder)
+    files = [folder / f"proof-{p.spec.key}-{p.shape}-{len(p.schedules)}.json" for p in listed]
+    for proof, file in list(zip(listed, files))[part::count]:
+        if not file.exists():
+            at = commit()
+            outcome = prove(kernels[proof.spec.name], proof)
+            file.write_text(json.dumps(asdict(replace(outcome, commit=at))))
+            print(row(proof, outcome), end="", flush=True)
+    done = [(proof, Outcome(**json.loads(file.read_text()))) for proof, file in zip(listed, files) if file.exists()]
+    rows = "".join(row(proof, outcome) for proof, outcome in done)
+    at = ", ".join(sorted({outcome.commit for _, outcome in done}))
+    said = f"\nRun at commit {at}: {len(done)} of {len(listed)}, {sum(o.seconds for _, o in done) / 60:.0f} minutes in the emulator.\n"
+    if len(done) < len(listed):
+        said += "The others have not been run yet; the command above goes on with them.\n"
     text = DOCUMENT.read_text()
     DOCUMENT.write_text(text.split(BEGIN)[0] + BEGIN + HEAD + rows + said + END + text.split(END)[1])
 

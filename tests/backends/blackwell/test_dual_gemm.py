@@ -29,9 +29,10 @@ from glu4.verify import Case, check, exact_sum_case, full_range_case, one_hot_ca
 if importlib.util.find_spec("cutlass") is None:
     pytest.skip("needs CuTe DSL to compile the Blackwell kernels", allow_module_level=True)
 
-pytestmark = pytest.mark.slow  # CI's longer proofs are where CuTe DSL is
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # CI's longer proofs are where CuTe DSL is
 
 SCHEDULES = (("eager", 0), ("lazy", 0), ("random", 1), ("random", 2))
+SLOWEST_AND_RANDOM = SCHEDULES[1:3]  # all four and more: test_fields.py
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def kernels(compiled: Path) -> Kernels:
     return Kernels({name: spec for name, (spec, _) in KERNELS.items()}, compiled)
 
 
-def prove(kernel: Exported, case: Case, schedules: Any = SCHEDULES) -> None:
+def prove(kernel: Exported, case: Case, schedules: Any = SLOWEST_AND_RANDOM) -> None:
     for schedule, seed in schedules:
         result, out = run(kernel, case, schedule_name=schedule, seed=seed)
         assert result.report.clean, str(result.report)
@@ -51,7 +52,7 @@ def prove(kernel: Exported, case: Case, schedules: Any = SCHEDULES) -> None:
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_full_range_with_tails_under_all_schedules(kernels: Kernels, name: str) -> None:
+def test_full_range_with_tails(kernels: Kernels, name: str) -> None:
     spec, (m, n, k) = KERNELS[name]
     operation = "dual_gemm" if spec.dual else "linear"
     assert legal(spec.config, Problem(m, n, k, operation=operation, out_dtype=DTYPES[spec.out])) is None
@@ -74,7 +75,7 @@ def test_activations(kernels: Kernels, activation: Any) -> None:
     prove(kernels["n 32"], full_range_case(5, 32, 32, 256, activation=activation), SCHEDULES[:1])
 
 
-@pytest.mark.parametrize("name", ["n 32", "gate first", "static, pair", "linear"])
+@pytest.mark.parametrize("name", ["n 32", "gate first", "static, pair", "linear", "split, pair", "stream-k"])
 def test_batches_and_biases(kernels: Kernels, name: str) -> None:
     """Three products with their own global scales and biases, more than a persistent kernel's pairs."""
     spec = KERNELS[name][0]
@@ -92,9 +93,9 @@ def test_few_steps(kernels: Kernels, steps: int) -> None:
 def test_shared_sums_do_not_depend_on_who_is_last(kernels: Kernels, name: str) -> None:
     """The same bits under every schedule, each launch with the workspace that the one before left.
 
-    Nine tiles of three steps: 4 workers of stream-K, or 2 pairs, have tiles that they begin, end, and have for themselves.
+    Three tiles of three steps: 4 workers of stream-K, or 2 pairs, share some of them.
     """
-    case = full_range_case(14, 40, 136, 544, batch=3, out_dtype=DTYPES[KERNELS[name][0].out])
+    case = full_range_case(14, 40, 136, 544, out_dtype=DTYPES[KERNELS[name][0].out])
     first = workspace = None
     for schedule, seed in (*SCHEDULES, ("random", 3)):
         result, out = run(kernels[name], case, schedule_name=schedule, seed=seed, workspace=workspace)
@@ -103,6 +104,12 @@ def test_shared_sums_do_not_depend_on_who_is_last(kernels: Kernels, name: str) -
         first = out if first is None else first
         assert torch.equal(out.view(torch.int16), first.view(torch.int16))
         workspace = result.buffers["workspace"].view("int32")
+
+
+@pytest.mark.parametrize(("name", "k"), [("stream-k", 512), ("stream-k, pair", 256)])
+def test_more_workers_than_steps(kernels: Kernels, name: str, k: int) -> None:
+    """Four CTAs for two steps, or two pairs for one: some have nothing to do."""
+    prove(kernels[name], full_range_case(16, 20, 40, k, out_dtype=DTYPES[KERNELS[name][0].out]), SCHEDULES[1:3])
 
 
 def test_a_ticket_that_stays_is_found(kernels: Kernels) -> None:

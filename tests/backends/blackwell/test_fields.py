@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from backends.blackwell.kernels import FIELD_SHAPE, FIELDS, Kernels
-from backends.blackwell.proofs import FIVE, TWENTY, Proof, prove
+from backends.blackwell.kernels import FIELDS, Kernels
+from backends.blackwell.proofs import FIVE, TWENTY, of_field, prove
 from glu4.backends.blackwell import config
 
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="needs CuTe DSL to compile the kernel")
@@ -22,9 +22,10 @@ def kernels(compiled: Path) -> Kernels:
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_value_alone(kernels: Kernels, name: str) -> None:
-    prove(kernels[name], Proof(name, FIELDS[name], FIELD_SHAPE, FIVE))
+    prove(kernels[name], of_field(name, FIVE))
 
 
 @pytest.mark.slow
@@ -33,7 +34,7 @@ def test_a_value_alone(kernels: Kernels, name: str) -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_value_alone_under_twenty_schedules(kernels: Kernels, name: str) -> None:
-    prove(kernels[name], Proof(name, FIELDS[name], FIELD_SHAPE, TWENTY))
+    prove(kernels[name], of_field(name, TWENTY))
 
 
 def test_no_value_is_left_out() -> None:

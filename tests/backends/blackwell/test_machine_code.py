@@ -57,11 +57,12 @@ def expected(spec: KernelSpec) -> dict[str, int]:
     A step along K has one copy of each operand's codes and scales, so A is loaded once for both products; the scale copies, and
     the MMAs of its products. Gate first has a second loop, with the same MMAs, in which the scales of A are copied once more.
     Copies also stand ahead of the loop: of early weights, and of the warp that issues the products too, which in turn has them
-    in each of its loops. Pieces of load_width columns are a loop but after gate first, whose activations stay in registers.
+    in its loops. Pieces of load_width columns are a loop but after gate first, whose activations stay in registers.
     """
     c, weights = spec.config, spec.weights
     blocks, loops, atoms = c.tile_k // 64, 2 if c.gate_first else 1, c.scale_rows // 128
-    loads = 1 + c.early_weights + (loops if c.warps == "single" else 0)
+    ahead = max(1, c.stages - 1)  # of one warp for both; the second loop has copies where it begins before the last ones
+    loads = 1 + c.early_weights + (1 + (c.gate_first > ahead) if c.warps == "single" else 0)
     stored = (c.tile_n // c.load_width if c.gate_first else 1) if c.store == "tma" else 0
     return {
         "MMAs": weights * blocks * loops,
@@ -89,6 +90,42 @@ def test_instructions_of_ptx(kernels: Kernels, name: str) -> None:
     alternate = c.tile_k // 64 if c.collector else 0
     assert used == {"fill": alternate, "lastuse": alternate, "discard": wanted["MMAs"] - 2 * alternate}
     assert (count(kernel, r"griddepcontrol\.wait") > 0) == c.pdl
+
+
+MMA = re.compile(r"tcgen05\.mma\S*\.collector::a::(\w+)\s+\[[^]]+\], (%\w+), %\w+, %\w+, \[([^]]+)\]")
+
+
+def kept(ptx: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Descriptor of A and address of its scales of each `fill`, and of the MMA after it, which must be a `lastuse`.
+
+    Between the two there is no label and nothing is written to these registers.
+    """
+    fills, uses = [], []
+    lines = iter(ptx.splitlines())
+    for line in lines:
+        found = MMA.search(line)
+        if found is None or found[1] != "fill":
+            continue
+        fills.append((found[2], found[3]))
+        for between in lines:
+            assert not between.startswith("$L")
+            if after := MMA.search(between):
+                assert after[1] == "lastuse"
+                uses.append((after[2], after[3]))
+                break
+            assert not re.match(rf"\s*(@\S+\s+)?\S+\s+({re.escape(found[2])}|{re.escape(found[3])})\b", between)
+    return fills, uses
+
+
+@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if spec.config.collector])
+def test_what_stays_in_the_collector_is_the_a_that_is_used_next(kernels: Kernels, name: str) -> None:
+    fills, uses = kept(kernels[name].ptx)
+    assert len(fills) == SPECS[name].config.tile_k // 64
+    assert fills == uses
+    line = re.search(MMA.pattern.replace(r"(\w+)", "lastuse", 1), kernels[name].ptx)
+    assert line is not None
+    other = kept(kernels[name].ptx.replace(line[0], line[0].replace(line[1], "%rd0"), 1))  # another A for up's product
+    assert other[0] != other[1]
 
 
 @needs_disassembler

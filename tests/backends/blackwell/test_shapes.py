@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from backends.blackwell.kernels import Kernels, default
-from backends.blackwell.proofs import FIVE, RANDOM, WHOLE, Proof, chosen, proofs, prove
+from backends.blackwell.proofs import DOCUMENT, FIVE, RANDOM, WHOLE, Proof, chosen, proofs, prove, recorded
 from glu4.verify.contest import DUAL_BENCHMARKS, DUAL_TESTS, DualShape
 
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="needs CuTe DSL to compile the kernel")
@@ -22,6 +22,7 @@ def kernels(compiled: Path) -> Kernels:
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("shape", DUAL_BENCHMARKS, ids=str)
 def test_a_corner_of_a_benchmark_at_full_k(kernels: Kernels, shape: DualShape) -> None:
     spec = default(shape)
@@ -31,6 +32,7 @@ def test_a_corner_of_a_benchmark_at_full_k(kernels: Kernels, shape: DualShape) -
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.timeout(900)
 def test_a_small_test_shape_whole(kernels: Kernels) -> None:
     spec = default(WHOLE)
     prove(kernels[spec.name], Proof("whole", spec, WHOLE, FIVE[:2]))
@@ -52,3 +54,11 @@ def test_tiles_are_corners_and_more() -> None:
     assert tiles[:4] == ((0, 0), (0, down - 1), (1, 0), (1, down - 1))
     assert len(set(tiles)) == 5
     assert chosen(spec.config, DualShape(1, 1, 32), 4) == ((0, 0),)
+
+
+def test_what_is_recorded_is_what_is_run() -> None:
+    """Each row of docs/blackwell.md's table is one of `make prove-all`'s kernels, shapes and numbers of schedules, in its order."""
+    rows = [(name, kernel, shape, count) for name, kernel, shape, _, count, *_ in recorded(DOCUMENT.read_text())]
+    assert rows
+    run = iter([(p.name, p.spec.name, str(p.shape), str(len(p.schedules))) for p in proofs()])
+    assert all(row in run for row in rows)
