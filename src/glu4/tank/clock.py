@@ -2,8 +2,8 @@
 
 A sample is one replay of the baseline and one of the entry, in an order that a coin decides. Each replay goes over all copies
 of the operands, so that none is in L2 when its turn comes. The number of pairs is fixed before the first is timed. The
-logarithms of the ratios have a mean with a t interval; the verdict is faster or slower when the whole 95 % interval lies on one side
-of 1.
+logarithms of the ratios have a mean with a t interval; the verdict is faster or slower when all of the interval (95 %)
+lies on one side of 1.
 """
 
 from __future__ import annotations

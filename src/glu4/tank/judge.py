@@ -7,15 +7,19 @@ submission the adapter of glu4.verify; then the clock, or, where the device is n
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from glu4.backends.blackwell import config as blackwell
+from glu4.backends.blackwell.emulation import export
+from glu4.backends.blackwell.spec import KernelSpec as BlackwellSpec
 from glu4.bench.devices import device
 from glu4.bench.machine import slug
 from glu4.bench.model_sm100 import predict
@@ -119,7 +123,11 @@ def _compiled(r: Round, entry: Entry, at: str) -> None:
     if rule is None and at != "cuda":
         return  # the emulator compiles for itself
     try:
-        store.compile_missing(specs_of(config, r.x_format))
+        if isinstance(config, blackwell.Config) and rule is not None:
+            with tempfile.TemporaryDirectory() as scratch:  # tells the compiler's own error line from its traceback
+                export([BlackwellSpec.of(config, torch.float16)], Path(scratch))
+        else:
+            store.compile_missing(specs_of(config, r.x_format))
         message = ""
     except UnsupportedError as error:
         message = " ".join(str(error).split())
