@@ -78,7 +78,7 @@ def check_experts(module: nn.Module, activation: Activation) -> None:
     gate, up, down = (torch.diag_embed(p) for p in powers)
     clone = copy(module)
     clone._parameters = {"gate_up_proj": nn.Parameter(torch.cat((gate, up), 1)), "down_proj": nn.Parameter(down)}
-    clone.num_experts = e
+    setattr(clone, "num_experts", e)  # noqa: B010
     for name in ("hidden_dim", "hidden_size", "intermediate_dim", "intermediate_size", "expert_dim"):
         if name in vars(clone):
             setattr(clone, name, n)
