@@ -12,7 +12,17 @@ import time
 
 import pytest
 
-from glu4.tank.ledger import EntryRecord, Environment, Ledger, LedgerError, RoundRecord, Sample, ShapeResult, Verdict, default_path
+from glu4.tank.ledger import (
+    EntryRecord,
+    Environment,
+    Ledger,
+    LedgerError,
+    RoundRecord,
+    Sample,
+    ShapeResult,
+    Verdict,
+    default_path,
+)
 
 WRITER = """
 import sys, time

@@ -12,7 +12,7 @@ import sys
 
 import typer
 
-from glu4.cli import bench, demo, doctor, emulate, evaluate, export_submission, inspect, roofline, tune, verify
+from glu4.cli import bench, demo, doctor, emulate, evaluate, export_submission, inspect, report, roofline, tank, tune, verify
 from glu4.cli import compile as compile_command
 from glu4.cli.output import error_line
 
@@ -35,8 +35,10 @@ app.command("roofline")(roofline.command)
 app.command("eval")(evaluate.command)
 app.command("compile")(compile_command.command)
 app.command("bench")(bench.command)
+app.command("report")(report.command)
 app.command("tune")(tune.command)
 app.command("emulate")(emulate.command)
+app.add_typer(tank.app, name="tank")
 app.command("export-submission")(export_submission.command)
 
 
