@@ -74,7 +74,7 @@ def test_opcheck(quantized: bool) -> None:
         (torch.ops.glu4.linear, (out, xs, parts(w.gate), None, bias, "portable")),
         (
             torch.ops.glu4.grouped_dual_gemm,
-            (out, xs, parts(stacked.gate), parts(stacked.up), OFFSETS, None, None, *SILU_ARGS[:2], True, "portable"),
+            (out, xs, parts(stacked.gate), parts(stacked.up), None, OFFSETS, None, None, *SILU_ARGS[:2], True, "portable"),
         ),
         (torch.ops.glu4.grouped_linear, (out, xs, parts(stacked.up), OFFSETS, torch.randn(3, 24), False, "portable")),
     ]
