@@ -318,7 +318,7 @@ class Ledger:
         """Runs, oldest first; of one round only, if named."""
         with self._open() as db:
             rows = db.execute("SELECT * FROM rounds WHERE ? IS NULL OR name = ? ORDER BY started, run", (name, name)).fetchall()
-        return [RoundRecord(*row[:9], environment=Environment(**json.loads(row[9]))) for row in rows]
+        return [RoundRecord(*(*row[:9], Environment(**json.loads(row[9])))) for row in rows]
 
     def entries(self, run: str) -> list[EntryRecord]:
         """A run's entries in the order of the file."""
