@@ -58,6 +58,7 @@ bench-cpu: $(VENV)/.base
 figures: $(VENV)/.base
 	$(BIN)/python docs/figures.py
 	$(BIN)/python docs/timeline_figure.py
+	$(BIN)/python docs/tank_table.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis report.html
