@@ -130,7 +130,7 @@ def test_a_directory_in_place_of_a_file_is_no_kernel(own_cache: Path) -> None:
 def test_changed_sources_are_another_kernel(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
     path = store.write(own_cache, SPEC, CUBIN, {})
     assert store.inventory([SPEC]).outdated == []
-    monkeypatch.setattr(spec_module, "_source_hash", lambda: "other")
+    monkeypatch.setattr(spec_module, "_source_hash", lambda *_: "other")
     assert store.find(SPEC) is None
     assert store.inventory([SPEC]).outdated == [path]
 

@@ -487,7 +487,11 @@ BAD: list[tuple[Callable[[torch.Tensor, GatedWeights, LinearWeight], object], ty
         "out: expected torch.float16, got torch.float32",
     ),
     (lambda x, w, v: dual_gemm(x, w, out=x[:, :40]), ValueError, "out overlaps x in memory"),
-    (lambda x, w, v: dual_gemm(x, w, backend="fastest"), ValueError, "backend: expected one of hopper, blackwell, portable or None"),
+    (
+        lambda x, w, v: dual_gemm(x, w, backend="fastest"),
+        ValueError,
+        "backend: expected one of hopper, blackwell, portable or None",
+    ),
     (lambda x, w, v: linear(x, v, bias=torch.zeros(41)), ValueError, r"bias: expected shape \[40\], got \[41\]"),
     (lambda x, w, v: linear(x, v, bias=torch.zeros(40).int()), TypeError, "bias: expected float16, bfloat16 or float32"),
     (lambda x, w, v: linear(x, v, bias=[0.0] * 40), TypeError, "bias: expected a torch.Tensor, got list"),  # type: ignore[arg-type]

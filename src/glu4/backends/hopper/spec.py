@@ -139,7 +139,7 @@ def _key(name: str, arch: str, sources: tuple[str, ...] = _SOURCES) -> str:
 
 
 @cache
-def _source_hash(sources: tuple[str, ...]) -> str:
+def _source_hash(sources: tuple[str, ...] = _SOURCES) -> str:
     root = files("glu4")
     digest = hashlib.sha256()
     for name in sources:
