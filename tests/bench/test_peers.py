@@ -29,7 +29,10 @@ def test_cublas_fp16_is_always_among_them() -> None:
 
 
 def test_an_unknown_name_is_refused_by_naming_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"peers: expected auto, none or some of cublas_fp16, .*humming_bf16, got 'marlin'"):
+    with pytest.raises(
+        ValueError,
+        match=r"peers: expected auto, none or some of cublas_fp16, .*humming_bf16, torch_grouped_mm_bf16, .*, got 'marlin'",
+    ):
         peers.select("cublas_bf16,marlin")
 
 

@@ -19,7 +19,8 @@ from compiled.test_cubin import FRAME_SIZE, REGISTERS, of_info, sized
 from glu4.backends.blackwell import arguments
 from glu4.backends.blackwell import launch as blackwell
 from glu4.backends.hopper.config import DECODE_THREADS, SHIPPED, Config
-from glu4.backends.hopper.spec import DecodeSpec, Spec, shipped
+from glu4.backends.hopper.grouped_config import GROUPED_SHIPPED
+from glu4.backends.hopper.spec import DecodeSpec, GroupedSpec, Spec, shipped
 from glu4.cli import app, output
 from glu4.compiled import store
 from gpu.proofs import sum_order
@@ -47,6 +48,8 @@ def resources(spec: Spec) -> tuple[int, int | None, int]:
     """Threads, registers (None where a limit is all that is asked for) and shared bytes that a kernel should have."""
     if isinstance(spec, DecodeSpec):
         return DECODE_THREADS, None, 0
+    if isinstance(spec, GroupedSpec):
+        return spec.config.threads, spec.config.launch_registers, spec.config.shared_bytes
     c, nvfp4 = spec.config, spec.nvfp4
     return c.cta_threads(nvfp4), c.launch_registers(nvfp4), c.shared_bytes(nvfp4)
 
@@ -228,6 +231,7 @@ def line(name: str, rows: list[dict[str, Any]], order: str) -> str:
 def test_the_table_in_the_documentation_is_the_recorded_one() -> None:
     lines = [line(c.name, rows_of(c.name), order_of_sums(c)) for c in SHIPPED]
     lines += [line(f"{c.name}, W4A4", rows_of(c.name, True), order_of_sums(c)) for c in SHIPPED if c.takes_nvfp4]
+    lines += [line(f"grouped {c.name}", rows_of(c.name), "g1") for c in GROUPED_SHIPPED]
     lines.append(line("decode_tokens", rows_of("decode_tokens_nvfp4_f16"), "none"))
     table = "\n".join(lines)
     assert table in (ROOT / "docs" / "kernels.md").read_text(), f"docs/kernels.md should hold\n{table}"

@@ -16,7 +16,7 @@ from filelock import FileLock
 from compiled.slow_builder import CUBIN, SlowSpec
 from fake_hopper import description as described
 from glu4 import UnsupportedError
-from glu4.backends.hopper.spec import KernelSpec, shipped
+from glu4.backends.hopper.spec import GroupedSpec, KernelSpec, shipped
 from glu4.compiled import store
 from glu4.compiled.cubin import resources
 
@@ -263,4 +263,8 @@ def test_the_shipped_set_compiles_without_spills_as_recorded(tmp_path: Path, mon
         if isinstance(spec, KernelSpec):
             c, nvfp4 = spec.config, spec.nvfp4
             expected = [c.cta_threads(nvfp4), c.launch_registers(nvfp4), c.shared_bytes(nvfp4)]
+            assert [description[f] for f in ("threads", "registers", "shared_bytes")] == expected, spec.name
+        elif isinstance(spec, GroupedSpec):
+            g = spec.config
+            expected = [g.threads, g.launch_registers, g.shared_bytes]
             assert [description[f] for f in ("threads", "registers", "shared_bytes")] == expected, spec.name

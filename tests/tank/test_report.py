@@ -176,27 +176,15 @@ def test_text_cannot_leave_its_cell(tmp_path):
     assert line.startswith("| a\\|b c | &lt;b&gt;\\`x\\`&lt;/b&gt; \\| \\* |")
 
 
-def test_the_documentation_shows_the_recorded_rounds(tmp_path):
-    copy = tmp_path / "tank.sqlite"
-    if _LEDGER.is_file():
-        copy.write_bytes(_LEDGER.read_bytes())  # SQLite leaves files beside the one that it opens
-    shown = re.search(r"<!-- outcomes -->\n(.*?)<!-- end of outcomes -->", _DOCS.read_text(encoding="utf-8"), re.DOTALL)
-    assert shown is not None
-    assert shown[1] == outcomes(copy), "make the table anew: python docs/tank_table.py"
-
-
 def test_the_documentation_names_commands_that_exist():
     tank = pytest.importorskip("glu4.cli.tank")
-    import click
     from typer.main import get_command
 
     from glu4.cli import app
 
     assert tank
     group = get_command(app)
-    assert isinstance(group, click.Group)
     commands = group.commands["tank"]
-    assert isinstance(commands, click.Group)
     named = set(re.findall(r"`glu4 tank (\w+)", _DOCS.read_text(encoding="utf-8")))
     assert named
     assert named <= set(commands.commands)
