@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from glu4.pages.bench import page, write
+from glu4.pages.bench import _size, page, write
 from glu4.pages.recorded import load
 from glu4.pages.template import clean
 from page_checks import broken, requests_of, tags_of, text_of, unreadable
@@ -141,3 +141,8 @@ def test_no_text_of_a_file_becomes_markup(tmp_path, device, peer, method, note):
     text = text_of(found)
     for said in (device, peer, method, note):
         assert " ".join(clean(said).split()) in text
+
+
+def test_a_grouped_case_goes_by_its_name():
+    assert _size((8, 64, 128)) == "8, 64, 128"
+    assert _size((8, 64, 128, "E4 x2 N64 K128")) == "E4 x2 N64 K128"

@@ -161,7 +161,8 @@ def _wrong(rows: Sequence[Row]) -> list[str]:
 
 
 def _size(shape: Shape) -> str:
-    return ", ".join(map(str, shape))
+    """M, N, K of a dense shape; a grouped case goes by its name, which holds them."""
+    return str(shape[3]) if len(shape) == 4 else ", ".join(map(str, shape))
 
 
 def _series(rows: Sequence[Row]) -> dict[str, list[Row]]:
