@@ -11,7 +11,9 @@ import torch
 from typer.testing import CliRunner
 
 import glu4
+from fake_blackwell import fake_blackwell
 from glu4 import dispatch
+from glu4.backends.blackwell import launch as blackwell
 from glu4.backends.hopper import tuned
 from glu4.backends.hopper.spec import shipped
 from glu4.cli import app, doctor, output
@@ -160,6 +162,49 @@ def test_a_hopper_gpu_without_kernels_is_told_the_command(own_cache, monkeypatch
     for spec in shipped():
         store.write(store.packaged_directory(), spec, b"cubin", {})
     assert hints_on_a_hopper_gpu() == []
+
+
+def blackwell_hints(*architectures: str | None) -> list[str]:
+    return doctor._blackwell_hints(doctor._kernels(), doctor._blackwell_kernels(architectures))
+
+
+def test_a_blackwell_gpu_without_kernels_is_told_the_command(own_cache, monkeypatch):
+    specs = blackwell.shipped(arch="sm_103a")
+    wheel = "or install a wheel of glu4 that carries them"
+    monkeypatch.setattr(store, "installed_dsl", lambda: store.DSL_VERSION)
+    assert blackwell_hints(None) == []
+    what = f"{len(specs)} of {len(specs)} sm_103a Blackwell kernels are not compiled"
+    assert blackwell_hints(None, "sm_103a") == [f"{what}: glu4 compile --arch sm_103a; {wheel}"]
+    assert [hint.split()[3] for hint in blackwell_hints("sm_100a", "sm_103a", "sm_100a")] == ["sm_100a", "sm_103a"]
+    monkeypatch.setattr(store, "installed_dsl", lambda: None)
+    install = "pip install nvidia-cutlass-dsl==4.8.1"
+    assert blackwell_hints("sm_103a") == [f"{what}: {install}, then glu4 compile --arch sm_103a; {wheel}"]
+    for spec in specs:
+        store.write(own_cache, spec, b"cubin", {})
+    assert blackwell_hints("sm_103a") == []
+    damaged = store.file_of(own_cache, specs[0])
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    told = blackwell_hints("sm_103a")
+    assert told[0].startswith(f"1 of {len(specs)} sm_103a Blackwell kernels")
+    assert told[1] == f"damaged kernel files are not loaded, and glu4 compile --arch sm_103a replaces them: {damaged}"
+
+
+def test_a_blackwell_device_made_of_python_has_its_line_its_hint_and_its_self_test(own_cache, monkeypatch):
+    """Without kernels the portable backend runs there."""
+    monkeypatch.setattr(store, "installed_dsl", lambda: store.DSL_VERSION)
+    line = f"Blackwell kernels (sm_100a): {len(blackwell.shipped())} shipped; 0 in the package, 0 in the cache, "
+    with fake_blackwell(monkeypatch, found=lambda spec: None):
+        result = RUNNER.invoke(app, ["doctor"])
+        document = json.loads(RUNNER.invoke(app, ["doctor", "--json"]).stdout)
+    assert result.exit_code == 0, result.output
+    assert line + f"{len(blackwell.shipped())} missing, 0 damaged\n" in result.stdout
+    assert "sm_100a Blackwell kernels are not compiled: glu4 compile --arch sm_100a; or install" in result.stdout
+    assert document["devices"][0]["blackwell"] == "sm_100a"
+    assert document["blackwell_kernels"]["sm_100a"]["device"]
+    with fake_blackwell(monkeypatch):
+        result = RUNNER.invoke(app, ["doctor"])
+    assert "dual_gemm W4A4: blackwell runs" in result.stdout
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize(

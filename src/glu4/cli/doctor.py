@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from glu4.cli.output import JsonOption, console, emit_json
 
 if TYPE_CHECKING:
     import torch
+
+    from glu4.compiled.store import Spec
 
 __all__ = ["command"]
 
@@ -47,17 +50,19 @@ def command(json: JsonOption = False) -> None:
     devices = [_device(device) for device in _devices()]
     versions = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
     versions["torch"] = _torch_version()
-    kernels = _kernels()
+    kernels, blackwell = _kernels(), _blackwell_kernels([entry["blackwell"] for entry in devices])
     hints = _hints(versions, [entry["device"] for entry in devices]) + _kernel_hints(kernels, devices)
+    hints += _blackwell_hints(kernels, blackwell)
     hints += _table_hints(devices) + _memory_hints(devices)
     right = all(not entry["faults"] for entry in devices)
     if json:
         emit_json(
             {"status": "right" if right else "wrong", "platform": platform.platform(), "executable": sys.executable}
-            | {"versions": versions, "devices": devices, "kernels": kernels, "hints": hints}
+            | {"versions": versions, "devices": devices, "kernels": kernels}
+            | {"blackwell_kernels": blackwell, "hints": hints}
         )
     else:
-        _print(versions, kernels, devices, hints)
+        _print(versions, kernels, blackwell, devices, hints)
     raise typer.Exit(0 if right else 1)
 
 
@@ -92,6 +97,7 @@ def _device(device: torch.device) -> dict[str, Any]:
     """One device: its description, the backend of each kind of call with the reasons, and what the self-test found."""
     import torch
 
+    from glu4.backends.blackwell.launch import architecture
     from glu4.backends.hopper.launch import is_hopper
     from glu4.dispatch import explain
     from glu4.problem import GroupedProblem, Problem
@@ -118,7 +124,7 @@ def _device(device: torch.device) -> dict[str, Any]:
         free = None
         description = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     entry = {"device": str(device), "description": description, "free_gib": free, "hopper": is_hopper(device), "name": model}
-    return {**entry, "backends": backends, "faults": _faults(device)}
+    return {**entry, "blackwell": architecture(device), "backends": backends, "faults": _faults(device)}
 
 
 def _kernels() -> dict[str, Any]:
@@ -126,18 +132,36 @@ def _kernels() -> dict[str, Any]:
     from glu4.backends.hopper.spec import shipped
     from glu4.compiled import store
 
-    found, cache = store.inventory(shipped()), store.cache_directory()
+    cache = store.cache_directory()
     return {
-        "shipped": len(shipped()),
+        **_inventory(shipped()),
+        "cache_directory": None if cache is None else str(cache),
+        "cache_problem": "the cache is off" if cache is None else store.unwritable(cache),
+        "compiler": store.installed_dsl(),
+        "tested_compiler": store.DSL_VERSION,
+    }
+
+
+def _blackwell_kernels(architectures: Sequence[str | None]) -> dict[str, dict[str, Any]]:
+    """By target, the same of the Blackwell kernels: of the devices that there are, or else of the first target."""
+    from glu4.backends.blackwell import launch
+
+    there = dict.fromkeys(arch for arch in architectures if arch is not None)
+    targets = list(there) or [next(iter(launch.ARCHITECTURES.values()))]
+    return {arch: _inventory(launch.shipped(arch=arch)) | {"device": arch in there} for arch in targets}
+
+
+def _inventory(specs: Sequence[Spec]) -> dict[str, Any]:
+    from glu4.compiled import store
+
+    found = store.inventory(specs)
+    return {
+        "shipped": len(specs),
         "packaged": len(found.packaged),
         "cached": len(found.cached),
         "missing": found.missing,
         "damaged": [str(p) for p in found.damaged],
         "outdated": [str(p) for p in found.outdated],
-        "cache_directory": None if cache is None else str(cache),
-        "cache_problem": "the cache is off" if cache is None else store.unwritable(cache),
-        "compiler": store.installed_dsl(),
-        "tested_compiler": store.DSL_VERSION,
     }
 
 
@@ -165,21 +189,42 @@ def _hints(versions: dict[str, str | None], devices: list[str]) -> list[str]:
 
 
 def _kernel_hints(kernels: dict[str, Any], devices: list[dict[str, Any]]) -> list[str]:
-    """What is to be done about kernels, one sentence each."""
+    """What is to be done about Hopper kernels, one sentence each."""
+    hints = _file_hints(kernels, "glu4 compile")
+    if kernels["missing"] and any(entry["hopper"] for entry in devices):
+        hints.insert(0, _missing(kernels, kernels, "Hopper", "glu4 compile"))
+    return hints
+
+
+def _blackwell_hints(kernels: dict[str, Any], blackwell: dict[str, dict[str, Any]]) -> list[str]:
+    """The same of Blackwell kernels; `kernels` says where they are put and by what."""
+    hints = []
+    for arch, found in blackwell.items():
+        command = f"glu4 compile --arch {arch}"
+        if found["missing"] and found["device"]:
+            hints.append(_missing(kernels, found, f"{arch} Blackwell", command))
+        hints += _file_hints(found, command)
+    return hints
+
+
+def _missing(kernels: dict[str, Any], found: dict[str, Any], family: str, command: str) -> str:
     from glu4.compiled.store import HOW_TO_INSTALL
 
+    place = kernels["cache_problem"]
+    steps = [f"set GLU4_CACHE_DIR to a directory that can be written ({place})"] if place else []
+    if kernels["compiler"] != kernels["tested_compiler"]:
+        steps.append(HOW_TO_INSTALL)
+    what = f"{len(found['missing'])} of {found['shipped']} {family} kernels are not compiled"
+    return f"{what}: {', then '.join([*steps, command])}; or install a wheel of glu4 that carries them"
+
+
+def _file_hints(found: dict[str, Any], command: str) -> list[str]:
+    """Of kernel files that are not loaded."""
     hints = []
-    if kernels["missing"] and any(entry["hopper"] for entry in devices):
-        what = f"{len(kernels['missing'])} of {kernels['shipped']} Hopper kernels are not compiled"
-        place = kernels["cache_problem"]
-        steps = [f"set GLU4_CACHE_DIR to a directory that can be written ({place})"] if place else []
-        if kernels["compiler"] != kernels["tested_compiler"]:
-            steps.append(HOW_TO_INSTALL)
-        hints.append(f"{what}: {', then '.join([*steps, 'glu4 compile'])}; or install a wheel of glu4 that carries them")
-    if kernels["damaged"]:
-        hints.append(f"damaged kernel files are not loaded, and glu4 compile replaces them: {', '.join(kernels['damaged'])}")
-    if kernels["outdated"]:
-        first, rest = kernels["outdated"][0], len(kernels["outdated"]) - 1
+    if found["damaged"]:
+        hints.append(f"damaged kernel files are not loaded, and {command} replaces them: {', '.join(found['damaged'])}")
+    if found["outdated"]:
+        first, rest = found["outdated"][0], len(found["outdated"]) - 1
         more = f" and {rest} more" if rest else ""
         hints.append(f"kernel files of another version of glu4, which may be deleted: {first}{more}")
     return hints
@@ -286,7 +331,13 @@ def _multiplies(device: torch.device, backend: str) -> bool:
 # ---- printing ----
 
 
-def _print(versions: dict[str, str | None], kernels: dict[str, Any], devices: list[dict[str, Any]], hints: list[str]) -> None:
+def _print(
+    versions: dict[str, str | None],
+    kernels: dict[str, Any],
+    blackwell: dict[str, dict[str, Any]],
+    devices: list[dict[str, Any]],
+    hints: list[str],
+) -> None:
     table = Table(title="versions", title_justify="left", box=SIMPLE, pad_edge=False, show_header=False)
     for name, found in versions.items():
         table.add_row(name, found or "not installed")
@@ -302,19 +353,25 @@ def _print(versions: dict[str, str | None], kernels: dict[str, Any], devices: li
                 console.print(f"  [bold red]WRONG[/]: {escape(fault)}")
         else:
             console.print("  self-test: right (all 16 codes x 127 scales, and an exact dual_gemm)")
-    _print_kernels(kernels)
+    _print_counts(kernels, "Hopper kernels", "glu4 compile")
+    for arch, inventory in blackwell.items():
+        _print_counts(inventory, f"Blackwell kernels ({arch})", f"glu4 compile --arch {arch}")
+    _print_tool(kernels)
     for hint in hints:
         console.print(f"hint: {escape(hint)}", soft_wrap=True)
 
 
-def _print_kernels(kernels: dict[str, Any]) -> None:
-    missing, damaged = len(kernels["missing"]), len(kernels["damaged"])
-    counts = f"{kernels['packaged']} in the package, {kernels['cached']} in the cache, {missing} missing, {damaged} damaged"
-    console.print(f"Hopper kernels: {kernels['shipped']} shipped; {counts}", highlight=False)
-    if 0 < missing < kernels["shipped"]:
-        shown = kernels["missing"][:_NAMES_SHOWN]
-        rest = f" and {missing - len(shown)} more (glu4 compile --list)" if missing > len(shown) else ""
+def _print_counts(found: dict[str, Any], family: str, command: str) -> None:
+    missing, damaged = len(found["missing"]), len(found["damaged"])
+    counts = f"{found['packaged']} in the package, {found['cached']} in the cache, {missing} missing, {damaged} damaged"
+    console.print(f"{family}: {found['shipped']} shipped; {counts}", highlight=False)
+    if 0 < missing < found["shipped"]:
+        shown = found["missing"][:_NAMES_SHOWN]
+        rest = f" and {missing - len(shown)} more ({command} --list)" if missing > len(shown) else ""
         console.print(f"  missing: {', '.join(shown)}{rest}", highlight=False)
+
+
+def _print_tool(kernels: dict[str, Any]) -> None:
     directory, problem = kernels["cache_directory"], kernels["cache_problem"]
     place = "off" if directory is None else f"{directory} ({problem or 'can be written'})"
     console.print(f"kernel cache: {escape(place)}", highlight=False, soft_wrap=True)
