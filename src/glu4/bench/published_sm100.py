@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from glu4.backends.blackwell.config import Config, candidates, legal
+from glu4.backends.blackwell.launch import aligned
 from glu4.bench.devices import device
 from glu4.bench.model_sm100 import RATES, Prediction, Rates, predict, predict_launch
 from glu4.bench.program_sm100 import Form
@@ -187,10 +188,11 @@ def prediction(shape: DualShape | GroupShape, rates: Rates = RATES) -> tuple[Pre
     """(prediction, configuration's name) of a shape on a B200: of a dual one, this project's kernel and its default.
 
     This project has no grouped Blackwell kernel: of a group, its linear kernel as gau-nernst's v6b is arranged (weights are the
-    MMA's rows, a pair, static, all stages). Raises UnsupportedError where no configuration may run.
+    MMA's rows, a pair, static, all stages). K is padded as a call pads it. Raises UnsupportedError where no configuration may
+    run.
     """
     if isinstance(shape, DualShape):
-        problem = dual_problem(shape)
+        problem = aligned(dual_problem(shape))
         config = next(candidates(problem), None)
         if config is None:
             raise UnsupportedError(legal(Config(), problem) or f"no configuration runs {shape}")
@@ -198,7 +200,7 @@ def prediction(shape: DualShape | GroupShape, rates: Rates = RATES) -> tuple[Pre
     config = _full(_GROUP_PAIR, 1)
     if len({(n, k) for _, n, k in shape.sizes}) != 1:
         raise UnsupportedError("the model takes groups of one N and one K")
-    problems = [Problem(n, m, k, operation="linear") for m, n, k in shape.sizes]
+    problems = [aligned(Problem(n, m, k, operation="linear")) for m, n, k in shape.sizes]
     return predict_launch(problems, config, rates), config.name
 
 
