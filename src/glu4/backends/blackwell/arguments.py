@@ -11,10 +11,11 @@ import ctypes
 import struct
 from dataclasses import dataclass
 
+from glu4.backends.blackwell.config import Config
 from glu4.backends.blackwell.spec import KernelSpec
 from glu4.compiled import driver
 
-__all__ = ["ADDRESSES", "Shape", "addresses_of", "parameters", "sizes"]
+__all__ = ["ADDRESSES", "Shape", "addresses_of", "parameters", "scale_box", "sizes"]
 
 ADDRESSES = (
     "a", "scale_a", "gate", "scale_gate", "up", "scale_up", "out", "workspace",
@@ -99,15 +100,21 @@ def _codes(spec: KernelSpec, i: int, shape: Shape, address: int, rows: int) -> b
 
 
 def _scales(spec: KernelSpec, i: int, shape: Shape, address: int, rows: int) -> bytes:
-    """Of scales of A or a weight, 16 bits at a time: a 512-byte atom, atoms along K, along rows, matrices.
-
-    Each CTA of a pair loads half of a weight's scales, for both.
-    """
-    c = spec.config
+    """Of scales of A or a weight, 16 bits at a time: a 512-byte atom, atoms along K, along rows, matrices."""
     along_k, along_rows = -(-shape.k // 64), -(-rows // 128)
     strides = (512, 512 * along_k, 512 * along_k * along_rows)
-    box = (256, c.tile_k // 64 // (c.ctas if i else 1), (c.scale_rows if i else 128) // 128, 1)
-    return _encode(_U16, address, (256, along_k, along_rows, shape.batch), strides, box, 16)
+    return _encode(_U16, address, (256, along_k, along_rows, shape.batch), strides, (256, *scale_box(spec.config, i), 1), 16)
+
+
+def scale_box(c: Config, i: int) -> tuple[int, int]:
+    """Atoms of scales along K and along rows that a CTA loads for a stage, of the first operand (i 0) or the second.
+
+    Each CTA of a pair loads half of the second's, for both: half of the atoms along rows, or, of one, half along K.
+    """
+    along_k, along_rows = c.tile_k // 64, (c.scale_rows if i else 128) // 128
+    if i and along_rows % c.ctas == 0:
+        return along_k, along_rows // c.ctas
+    return along_k // (c.ctas if i else 1), along_rows
 
 
 def _out(spec: KernelSpec, shape: Shape, address: int) -> bytes:
