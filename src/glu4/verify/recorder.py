@@ -54,6 +54,10 @@ class Recorder:
             raise AttributeError(f"{name}: this call of libcuda is not recorded")
         return self._calls.setdefault(name, _Call(function.__get__(self)))
 
+    def remember(self, cubin: bytes, ptx: str) -> None:
+        """What a cubin was assembled from."""
+        self._ptx[cubin] = ptx
+
     def compile(self, compile_: Callable[..., Any]) -> Callable[..., Any]:
         """`cute.compile`, which remembers what it made; made without `--keep-ptx --keep-cubin` it cannot be emulated."""
 
@@ -61,7 +65,7 @@ class Recorder:
             made = compile_(*args, **kwargs)
             artifacts = getattr(made, "artifacts", None)
             if artifacts is not None and artifacts.PTX and artifacts.CUBIN:
-                self._ptx[bytes(artifacts.CUBIN)] = artifacts.PTX
+                self.remember(bytes(artifacts.CUBIN), artifacts.PTX)
             return made
 
         return wrapped

@@ -1,0 +1,60 @@
+"""CuTe DSL's own host function of the grouped kernel, exported: `python -m backends.blackwell.grouped_host SPEC_JSON FOLDER`.
+
+CuTe DSL exports no function with tuples among its arguments, so this one takes the arguments of two groups one by one.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import cutlass
+from cuda.bindings.driver import CUstream
+from cutlass import cute
+from cutlass.cute.runtime import make_fake_stream, make_ptr
+
+from glu4.backends.blackwell.dual_gemm import E2M1, E4M3
+from glu4.backends.blackwell.grouped_gemm import GroupGemm
+from glu4.backends.blackwell.grouped_spec import GroupSpec
+
+Int32, Int64, Pointer = cutlass.Int32, cutlass.Int64, cute.Pointer
+
+
+class TwoGroups:
+    """Of a GroupGemm for two groups."""
+
+    def __init__(self, kernel: GroupGemm) -> None:
+        self.kernel = kernel
+
+    @cute.jit
+    def __call__(
+        self, b0: Pointer, scale_b0: Pointer, a0: Pointer, scale_a0: Pointer, c0: Pointer, b1: Pointer, scale_b1: Pointer,
+        a1: Pointer, scale_a1: Pointer, c1: Pointer, global_a: Pointer, global_b: Pointer, stride0: Int64, stride1: Int64,
+        m0: Int32, n0: Int32, k0: Int32, m1: Int32, n1: Int32, k1: Int32, processors: Int32, stream: CUstream,
+    ):  # fmt: skip
+        self.kernel(
+            ((b0, scale_b0, a0, scale_a0), (b1, scale_b1, a1, scale_a1)), (c0, c1), (stride0, stride1),
+            ((m0, n0, k0), (m1, n1, k1)), global_a, global_b, processors, stream,
+        )  # fmt: skip
+
+
+def main() -> None:
+    spec = GroupSpec.from_dict(json.loads(sys.argv[1]))
+    directory = Path(sys.argv[2])
+
+    def pointer(element, align):
+        return make_ptr(element, 0, cute.AddressSpace.gmem, assumed_align=align)
+
+    out = {"f16": cutlass.Float16, "bf16": cutlass.BFloat16}[spec.out]
+    group = [(E2M1, 16), (E4M3, 16), (E2M1, 16), (E4M3, 16), (out, 2)]
+    pointers = [pointer(*given) for given in (*group, *group, (cutlass.Float32, 4), (cutlass.Float32, 4))]
+    numbers = [Int64(0), Int64(0), *(Int32(0) for _ in range(7))]
+    made = cute.compile(
+        TwoGroups(GroupGemm(spec.config, out)), *pointers, *numbers, make_fake_stream(),
+        options=f"--gpu-arch {spec.arch} --keep-ptx --keep-cubin --dump-dir={directory}",
+    )  # fmt: skip
+    made.export_to_c(file_path=str(directory), file_name=spec.name, function_prefix=spec.name)
+    (directory / f"{spec.name}.ptx").write_text(made.artifacts.PTX)
+
+
+if __name__ == "__main__":
+    main()
