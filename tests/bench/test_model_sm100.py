@@ -191,6 +191,31 @@ def test_a_dependent_launch_hides_part_of_the_launch() -> None:
     assert early.us < dependent.us
 
 
+def test_sharing_a_tile_pays_where_processors_are_idle_and_costs_where_none_is() -> None:
+    """The sums of parts go to L2 and back: a few microseconds, against half of a long K."""
+    config = Config(tile_n=64, stages=4)
+    idle, full = Problem(128, 4096, 28672), Problem(128, 148 * 64, 7168)
+    for shared in (replace(config, split=2), replace(config, schedule="stream_k")):
+        assert predict(idle, shared).us < 0.8 * predict(idle, config).us, "64 tiles on 148 processors"
+        assert predict(full, shared).us >= predict(full, config).us, "a tile for each"
+    uneven = Problem(128, 150 * 64, 7168)
+    assert predict(uneven, replace(config, schedule="stream_k")).us < 0.9 * predict(uneven, config).us, "a wave of two CTAs"
+
+
+def test_parts_of_k_are_ctas_too() -> None:
+    """Twice as many CTAs with half the steps each: what one SM runs is no less where all are taken."""
+    config, full = Config(tile_n=64, stages=4), Problem(128, 148 * 64, 7168)
+    whole, halves = predict(full, config), predict(full, replace(config, split=2))
+    assert halves.us > whole.us
+    assert halves.breakdown["epilogue"] > whole.breakdown["epilogue"] + 2 * RATES.cache_us
+
+
+@pytest.mark.parametrize("change", [{}, {"stages": 1}, {"order": "by_matrix"}, {"gate_first": 2}, {"schedule": "static"}])
+def test_one_warp_for_copies_and_products_is_no_faster(change: dict[str, Any]) -> None:
+    config = replace(Config(tile_n=64, stages=4), **change)
+    assert predict(BENCHMARK, replace(config, warps="single")).us >= predict(BENCHMARK, config).us
+
+
 def test_several_problems_in_one_launch() -> None:
     group = [Problem(m, 4096, 1536, operation="linear") for m in (128, 384)]
     config = Config(2, 256, 128, stages=8, schedule="static")

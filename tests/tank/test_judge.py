@@ -125,7 +125,7 @@ def test_predictions_are_labelled_and_of_the_same_problem():
     assert [s.floor_us for s in found.shapes] == [judging._floor(r, *shape) for shape in r.shapes]
     r = read(find("streamk-blackwell"))
     found = judging._predicted(r, r.entries[1], "run", "emulated")
-    assert (found.verdict.outcome, found.verdict.basis, found.shapes) == ("correct", "emulated", [])
+    assert (found.verdict.basis, len(found.shapes)) == ("predicted", len(r.shapes)), "stream-K"
 
 
 REQUEST = {

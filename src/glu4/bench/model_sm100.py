@@ -19,7 +19,25 @@ from dataclasses import dataclass, field
 
 from glu4.backends.blackwell.config import Config
 from glu4.bench.devices import device
-from glu4.bench.program_sm100 import COPY, KERNEL, LOAD, MMA, STORE, TMA_STORE, TMEM, Form, Op, Program, Signal, describe
+from glu4.bench.program_sm100 import (
+    ASK,
+    COPY,
+    GATHER,
+    KERNEL,
+    LEAVE,
+    LOAD,
+    MMA,
+    STORE,
+    TMA_STORE,
+    TMEM,
+    Form,
+    Op,
+    Piece,
+    Program,
+    Signal,
+    describe,
+    share,
+)
 from glu4.errors import UnsupportedError
 from glu4.problem import GroupedProblem, Problem
 
@@ -52,6 +70,8 @@ class Rates:
     special         exponentials and their kin a cycle: 16 (CUDA programming guide, arithmetic throughput); a warp's takes 8
                     cycles of its quarter
     store_bytes     a cycle of stores from registers: 32 bytes, one sector; a thread's 16 bytes use half; assumed
+    cache_us        from a load to its arrival from L2, where sums of other CTAs are; a ticket takes two, one for the stores
+                    before it; assumed, 0.3
     tensor_us       from the last MMA to who waits for its commit; assumed, 0.1
     pdl_us          by which a dependent launch starts before the end of the one in front; assumed, 1
     """
@@ -70,6 +90,7 @@ class Rates:
     tmem_bytes: float = 512.0
     special: float = 16.0
     store_bytes: float = 32.0
+    cache_us: float = 0.3
     tensor_us: float = 0.1
     pdl_us: float = 1.0
 
@@ -85,13 +106,16 @@ class Rates:
             return op.bytes / self.tmem_bytes / self.clock
         if op.unit == STORE:  # 16 of a sector's 32 bytes each
             return 2 * op.bytes / self.store_bytes / self.clock
-        if op.unit == TMA_STORE:
+        if op.unit == LEAVE:  # whole sectors
+            return op.bytes / self.store_bytes / self.clock
+        if op.unit in (TMA_STORE, GATHER):
             return op.bytes / self.l2_bytes / self.clock
         return 0.0
 
     def after(self, op: Op) -> float:
         """Microseconds from the end of an engine's work to the completion."""
-        return {LOAD: self.latency_us, "commit": self.tensor_us}.get(op.unit, 0.0)
+        after = {LOAD: self.latency_us, "commit": self.tensor_us, GATHER: self.cache_us, ASK: 2 * self.cache_us}
+        return after.get(op.unit, 0.0)
 
     def run(self, op: Op) -> float:
         """Microseconds of a role's own instructions: a warp issues one a cycle and shares nothing with the other three."""
@@ -211,7 +235,8 @@ class _Processor:
 
     def issue(self, op: Op, key: tuple[int, Signal], time: float) -> None:
         # scale copies and commits keep their place among the MMAs (PTX ISA, tcgen05 memory model: pipelined instructions)
-        engine = MMA if op.unit in (COPY, "commit") else op.unit
+        # and a ticket among the stores before it
+        engine = MMA if op.unit in (COPY, "commit") else STORE if op.unit in (LEAVE, ASK) else op.unit
         busy = self.rates.busy(op, self.shared)
         start = max(time, self.free[engine])
         end = self.free[engine] = start + busy
@@ -250,7 +275,8 @@ def simulate(programs: Sequence[Program], rates: Rates, shared: Shared, resident
 
 @dataclass(frozen=True)
 class _Share:
-    """CTAs of a launch over SMs. groups: SMs, or pairs of them; tiles: of C, over all; each: tiles of the busiest group."""
+    """CTAs of a launch over SMs. groups: SMs, or pairs of them; tiles: of C, or parts of them, over all; each: tiles of the
+    busiest group."""
 
     groups: int
     tiles: int
@@ -300,6 +326,19 @@ def _shared(problems: Sequence[Problem], c: Config, share: _Share, rates: Rates)
     return Shared(min(port, memory), macs), memory < port
 
 
+def _work(c: Config, tiles: int, steps: int, over: _Share) -> list[tuple[Piece, ...]]:
+    """What the CTAs do that the busiest SM, or pair, runs one after the other."""
+    if c.schedule == "stream_k":
+        found = [share(tiles, steps, over.groups, worker) for worker in range(over.groups)]
+        # all have as many steps, give or take one; what tells them apart is the sums that they leave and add up
+        return [max(found, key=lambda work: sum(p.parts * p.last + 1 for p in work if p.parts > 1))]
+    if c.schedule == "static":
+        return [(Piece(steps),) * over.each]
+    part = -(-steps // c.split)
+    # of the parts of a tile one comes last; of an SM's CTAs the last does, if no other
+    return [(Piece(part, c.split, i % c.split == c.split - 1 or i == over.each - 1),) for i in range(over.each)]
+
+
 def predict(problem: Problem | GroupedProblem, config: Config, rates: Rates = RATES, form: Form = KERNEL) -> Prediction:
     """The predicted time of one call; raises UnsupportedError where `legal` refuses or the model knows no effect."""
     if isinstance(problem, GroupedProblem):
@@ -323,12 +362,11 @@ def predict_launch(
         return Prediction(
             rates.launch_us, "fixed costs", {"launch": rates.launch_us, "fill": 0.0, "main loop": 0.0, "epilogue": 0.0}
         )
-    share = _Share(min(processors or rates.processors, rates.processors) // c.ctas, tiles)
-    shared, by_memory = _shared(problems, c, share, rates)
-    if c.schedule == "static":
-        programs = [describe(c, problems[0], share.each, form)]
-    else:
-        programs = [describe(c, problems[0], 1, form)] * share.each
+    groups = min(processors or rates.processors, rates.processors) // c.ctas
+    steps = -(-problems[0].k // c.tile_k)
+    over = _Share(groups, tiles * (steps if c.schedule == "stream_k" else c.split))
+    shared, by_memory = _shared(problems, c, over, rates)
+    programs = [describe(c, problems[0], 1, form, work) for work in _work(c, tiles, steps, over)]
     lead = rates.pdl_us if c.pdl else 0.0
     run = simulate(programs, rates, shared, _resident(c, weights), lead)
     return _prediction(run, rates, lead, by_memory)

@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from glu4.backends.blackwell.spec import KernelSpec as BlackwellSpec
 from glu4.bench.devices import device
 from glu4.bench.machine import slug
 from glu4.bench.model_sm100 import predict
-from glu4.bench.program_sm100 import Form
 from glu4.bench.roofline import limit
 from glu4.compiled import store
 from glu4.errors import UnsupportedError
@@ -231,7 +230,7 @@ def _predicted(r: Round, entry: Entry, run: str, basis: str) -> Judged:
     shapes = []
     try:
         for problem in r.problems():
-            was, is_now = _modelled(problem, before), _modelled(problem, config)
+            was, is_now = predict(problem, before).us, predict(problem, config).us
             speedup, name = was / is_now, f"{problem.m}, {problem.n}, {problem.k}"
             spread = (_side(speedup), speedup, speedup, speedup, was, is_now)
             shapes.append(ShapeResult(run, entry.name, name, *spread, _floor(r, problem.m, problem.n, problem.k)))
@@ -241,13 +240,6 @@ def _predicted(r: Round, entry: Entry, run: str, basis: str) -> Judged:
     sentence = f"{seen}; the time is a prediction of the model, and no {r.device} has run it"
     verdict = Verdict(run, entry.name, _side(mean), "predicted", sentence, mean, None, None, time.time())
     return Judged(verdict, shapes, [])
-
-
-def _modelled(problem: Problem, config: blackwell.Config) -> float:
-    """Microseconds; of a kernel whose copies and products one warp issues by turns the model knows the form, not the field."""
-    if config.warps == "single":
-        return predict(problem, replace(config, warps="specialised"), form=Form(serial=True)).us
-    return predict(problem, config).us
 
 
 def _side(speedup: float) -> str:
