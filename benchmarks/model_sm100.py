@@ -52,6 +52,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "load_width 64": {"load_width": 64},
     "TMA store": {"store": "tma", "stages": 0},
     "SiLU by tanh": {"silu": "tanh"},
+    "one warp for copies and MMAs": {"warps": "single"},
+    "static": {"schedule": "static"},
+    "gate_first 0, stream_k": {"gate_first": 0, "schedule": "stream_k"},
+    "gate_first 0, split 2": {"gate_first": 0, "split": 2},
     "pdl": {"pdl": True},
     "pdl, early weights": {"pdl": True, "early_weights": True},
 }
