@@ -42,13 +42,21 @@ def test_the_file_is_written_and_not_overwritten(tmp_path: Path) -> None:
     assert document == {"file": str(path), "problem": "dual_gemm", "shape_table": "default", "lines": export().count("\n")}
 
 
+def test_the_group_problem_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "submission.py"
+    result = RUNNER.invoke(app, ["export-submission", "--problem", "group_gemm", "-o", str(path)])
+    assert result.exit_code == 0, result.output
+    assert path.read_text() == export("group_gemm")
+    assert f"lines for group_gemm\ncheck it with no GPU: glu4 verify --submission {path} --emulate" in result.stdout
+
+
 def test_what_cannot_be_exported(tmp_path: Path) -> None:
     path = tmp_path / "none" / "submission.py"
     assert str(RUNNER.invoke(app, ["export-submission", "-o", str(path)]).exception) == (
         f"{path}: cannot be written (No such file or directory)"
     )
-    result = RUNNER.invoke(app, ["export-submission", "--problem", "group_gemm", "-o", str(tmp_path / "s.py")])
-    assert str(result.exception) == "problem: expected one of dual_gemm, got 'group_gemm'"
+    result = RUNNER.invoke(app, ["export-submission", "--problem", "gemm", "-o", str(tmp_path / "s.py")])
+    assert str(result.exception) == "problem: expected one of dual_gemm, group_gemm, got 'gemm'"
     assert not (tmp_path / "s.py").exists()
 
 
@@ -61,7 +69,10 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
         (["--emulate"], "--emulate, --tiles are for a submission; add --submission FILE; got --emulate"),
         (["--submission", "x.py", "--tiles", "1"], "--tiles is for --emulate; got --tiles"),
         (["--submission", "x.py", "--emulate", "--device", "cpu"], "--device is not for --emulate, which runs on the CPU"),
-        (["--submission", "x.py", "--emulate", "--problem", "group_gemm"], "--emulate: expected a submission for dual_gemm"),
+        (
+            ["--submission", "x.py", "--emulate", "--problem", "gemm"],
+            "problem: expected one of dual_gemm, group_gemm, got 'gemm'",
+        ),
         (["--submission", "x.py", "--emulate"], "x.py: cannot be read"),
     ],
 )
@@ -77,7 +88,7 @@ def test_verify_emulates_a_submission(tmp_path: Path, monkeypatch: pytest.Monkey
     import glu4.verify.emulated as emulated
     from glu4.verify.contest import DualShape
 
-    monkeypatch.setattr(emulated, "shapes", lambda quick: [DualShape(256, 512, 256)])
+    monkeypatch.setattr(emulated, "shapes", lambda quick, problem: [DualShape(256, 512, 256)])
     path = tmp_path / "submission.py"
     path.write_text(export())
     result = RUNNER.invoke(app, ["verify", "--submission", str(path), "--emulate", "--tiles", "1", "--seed", "3"])
@@ -89,6 +100,22 @@ def test_verify_emulates_a_submission(tmp_path: Path, monkeypatch: pytest.Monkey
     document = json.loads(wrong.stdout)
     assert document["status"] == "wrong"
     assert document["shapes"][0]["findings"][0].startswith("rows 0 to 255, columns 0 to 63: wrong: ")
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_verify_emulates_a_group_submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file says which problem it is for."""
+    import glu4.verify.emulated as emulated
+    from glu4.verify.contest import GroupShape
+
+    monkeypatch.setattr(emulated, "shapes", lambda quick, problem: [GroupShape(((96, 128, 256), (128, 256, 512)))])
+    path = tmp_path / "submission.py"
+    path.write_text(export("group_gemm"))
+    result = RUNNER.invoke(app, ["verify", "--submission", str(path), "--emulate", "--tiles", "1", "--seed", "3"])
+    assert result.exit_code == 0, result.output
+    assert "2 groups m 96+128, n 128+256, k 256+512" in result.stdout
+    assert "right on 1 tiles of 1 launches, and no hazard" in result.stdout
 
 
 # ---- emulate --kernel ----

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from glu4.verify.contest import DualShape
+from glu4.verify.contest import GROUP_TESTS, DualShape, GroupShape
 from glu4.verify.emulated import run, shapes
 from glu4.verify.export import export
 from glu4.verify.submission import SubmissionError
@@ -18,6 +18,7 @@ if importlib.util.find_spec("cutlass") is None or shutil.which("cc") is None:
 
 pytestmark = pytest.mark.slow
 SMALL = [DualShape(256, 512, 256)]
+GROUPS = [GroupShape(((96, 128, 256), (128, 256, 512)))]
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -60,6 +61,36 @@ def test_planted_faults_are_found(tmp_path: Path, name: str) -> None:
     assert any(finding in f for f in found.findings), found.findings
 
 
+def test_the_exported_group_submission_is_right_at_all_public_shapes(tmp_path: Path) -> None:
+    """The first CTA or pair of each launch, the last one and one between."""
+    found = run(write(tmp_path, export("group_gemm")), shapes(problem="group_gemm"), tiles=3)
+    assert all(outcome.ok for outcome in found), [outcome.findings for outcome in found]
+    assert {outcome.shape for outcome in found} == {str(shape) for shape in GROUP_TESTS}
+    assert all(len(outcome.tiles) == 3 for outcome in found)
+    assert found[0].tiles[0].startswith("group 0, rows 0 to ")
+    last = f"group {len(GROUP_TESTS[3].sizes) - 1}, rows 192 to 255, columns 0 to 127"
+    assert next(o for o in found if o.shape == str(GROUP_TESTS[3])).tiles[-1] == last
+
+
+GROUP_FAULTS = {
+    "scales of A for B": ("b.data_ptr(), scale_b.data_ptr()", "b.data_ptr(), scale_a.data_ptr()", "wrong: "),
+    "operands of the group before": ("in zip(matrices, scales)", "in zip(matrices[-1:] + matrices[:-1], scales)", ""),
+    "another list returned": ("return [c for _, _, c in matrices]", "return [c.clone() for _, _, c in matrices]",
+                              "emulation needs custom_kernel to return data's own c"),
+    "one tensor returned": ("return [c for _, _, c in matrices]", "return matrices[0][2]",
+                            "emulation needs custom_kernel to return data's own c"),
+    "an input is changed": ("    addresses += (ones, ones)\n", "    addresses += (ones, ones)\n    scales[1][0].zero_()\n",
+                            "the call changed its input sfa_permuted of group 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROUP_FAULTS)
+def test_planted_faults_of_the_group_submission_are_found(tmp_path: Path, name: str) -> None:
+    old, new, finding = GROUP_FAULTS[name]
+    (found,) = run(write(tmp_path, changed(export("group_gemm"), old, new)), GROUPS, tiles=2)
+    assert any(finding in f for f in found.findings), found.findings
+
+
 def test_what_cannot_be_run_is_told(tmp_path: Path) -> None:
     with pytest.raises(SubmissionError, match=r"none.py: no such file; give the path of a Python file"):
         run(tmp_path / "none.py", SMALL)
@@ -75,3 +106,4 @@ def test_shapes_are_the_public_ones() -> None:
     assert len(shapes()) == 9, "of ten listed one is listed twice"
     assert shapes()[0] == SMALL[0]
     assert set(shapes(quick=True)) < set(shapes())
+    assert set(shapes(problem="group_gemm")) == set(shapes(quick=True, problem="group_gemm")) == set(GROUP_TESTS)

@@ -14,18 +14,23 @@ from pathlib import Path
 import pytest
 
 import glu4.verify.export as module
-from glu4.backends.blackwell.config import candidates
+from glu4.backends.blackwell import config, grouped_config
 from glu4.bench.suites import dual_problem
-from glu4.verify.contest import DUAL_BENCHMARKS, DUAL_TESTS
+from glu4.verify.contest import DUAL_BENCHMARKS, DUAL_TESTS, GROUP_BENCHMARKS, GROUP_TESTS
 from glu4.verify.export import export
 
 needs_dsl = pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="needs CuTe DSL to compile the kernel")
 ROOT = Path(__file__).parents[2] / "src"
 
 
+@pytest.fixture(scope="module", params=list(module.PROBLEMS))
+def problem(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def text() -> str:
-    return export()
+def text(problem: str) -> str:
+    return export(problem)
 
 
 def test_it_imports_torch_cute_dsl_and_the_standard_library_only(text: str) -> None:
@@ -67,11 +72,12 @@ def plain(statement: ast.stmt) -> str:
         elif isinstance(node, ast.AnnAssign):
             node.annotation = ast.Name("annotation")
     found = re.sub(r"\b(arguments|driver)\.", "", ast.unparse(copied))
-    return re.sub(r"_(launch|arguments|dual_loads|dual_tiles|dual_gemm|epilogue|instructions|build|driver)\b", "", found)
+    modules = "launch|arguments|dual_loads|dual_tiles|dual_gemm|gemm|epilogue|instructions|build|driver|config|contest_kernel"
+    return re.sub(rf"_(grouped_)?({modules})\b", "", found)
 
 
-def test_it_begins_with_what_the_contest_reads_and_has_custom_kernel_last(text: str) -> None:
-    assert text.startswith("#!POPCORN leaderboard nvfp4_dual_gemm\n#!POPCORN gpus B200\n")
+def test_it_begins_with_what_the_contest_reads_and_has_custom_kernel_last(problem: str, text: str) -> None:
+    assert text.startswith(f"#!POPCORN leaderboard nvfp4_{problem}\n#!POPCORN gpus B200\n")
     last = ast.parse(text).body[-1]
     assert isinstance(last, ast.FunctionDef)
     assert last.name == "custom_kernel"
@@ -94,14 +100,18 @@ def test_no_name_is_defined_twice_and_none_is_missing(text: str) -> None:
         assert not unknown, f"line {statement.lineno}"
 
 
-def test_the_table_has_the_public_shapes_and_their_defaults(text: str) -> None:
+def test_the_table_has_the_public_shapes_and_their_defaults() -> None:
+    text, groups = export("dual_gemm"), export("group_gemm")
     for s in (*DUAL_BENCHMARKS, *DUAL_TESTS):
-        assert f"    ({s.m}, {s.n}, {s.k}, {s.batch}): {next(candidates(dual_problem(s)))!r}," in text
+        assert f"    ({s.m}, {s.n}, {s.k}, {s.batch}): {next(config.candidates(dual_problem(s)))!r}," in text
+    for g in (*GROUP_BENCHMARKS, *GROUP_TESTS):
+        sizes = ", ".join(f"({m}, {n}, {k}, 1)" for m, n, k in g.sizes)
+        assert f"    ({sizes}): {next(grouped_config.candidates(g.sizes))!r}," in groups
 
 
 def test_unknown_problems_and_tables_are_refused() -> None:
-    with pytest.raises(ValueError, match="problem: expected one of dual_gemm, got 'group_gemm'"):
-        export("group_gemm")
+    with pytest.raises(ValueError, match="problem: expected one of dual_gemm, group_gemm, got 'gemm'"):
+        export("gemm")
     with pytest.raises(ValueError, match="shape_table: expected one of default, got 'best'"):
         export("dual_gemm", "best")
 
@@ -158,30 +168,38 @@ def test_imports_within_functions_and_postponed_annotations(monkeypatch: pytest.
 # ---- compiled ----
 
 _COMPILE = """
-import json, sys, tempfile
+import json, re, sys, tempfile
 sys.path.insert(0, sys.argv[1])
 import submission
-from glu4.backends.blackwell.build import _compile
-from glu4.backends.blackwell.config import Config
-from glu4.backends.blackwell.spec import KernelSpec
-import re
 def code(ptx): return re.sub(r"kernel_cutlass\\w*|0X[0-9A-F]+|//.*", "", ptx)
-key = tuple(json.loads(sys.argv[2]))
-config = submission.TABLE[key]
+key = json.loads(sys.argv[2])
+config = submission.TABLE[tuple(key) if isinstance(key[0], int) else tuple(map(tuple, key))]
 with tempfile.TemporaryDirectory() as scratch:
-    mine = submission._compile(submission.Spec(config), scratch).artifacts
-    theirs = _compile(KernelSpec(Config(**vars(config)), "f16"), scratch).artifacts
-print(code(mine.PTX) == code(theirs.PTX), len(mine.PTX))
+    if hasattr(submission, "GroupConfig"):
+        from glu4.backends.blackwell.grouped_build import compile_grouped
+        from glu4.backends.blackwell.grouped_config import GroupConfig
+        from glu4.backends.blackwell.grouped_spec import GroupSpec
+        fields = {name: getattr(config, name) for name in GroupConfig.__dataclass_fields__}
+        mine = submission.compile_grouped(submission.Spec(config), scratch)[1]
+        theirs = compile_grouped(GroupSpec(GroupConfig(**fields)), scratch)[1]
+    else:
+        from glu4.backends.blackwell.build import _compile
+        from glu4.backends.blackwell.config import Config
+        from glu4.backends.blackwell.spec import KernelSpec
+        mine = submission._compile(submission.Spec(config), scratch).artifacts.PTX
+        theirs = _compile(KernelSpec(Config(**vars(config)), "f16"), scratch).artifacts.PTX
+print(code(mine) == code(theirs), len(mine))
 """
 
 
 @pytest.mark.slow
 @needs_dsl
-def test_it_compiles_to_the_packages_kernel(text: str, tmp_path: Path) -> None:
+def test_it_compiles_to_the_packages_kernel(problem: str, text: str, tmp_path: Path) -> None:
     """The same PTX, names aside."""
     (tmp_path / "submission.py").write_text(text)
-    s = DUAL_BENCHMARKS[0]
-    command = [sys.executable, "-P", "-c", _COMPILE, str(tmp_path), json.dumps([s.m, s.n, s.k, s.batch])]
+    s, groups = DUAL_BENCHMARKS[0], GROUP_BENCHMARKS[0]
+    key = [s.m, s.n, s.k, s.batch] if problem == "dual_gemm" else [[*size, 1] for size in groups.sizes]
+    command = [sys.executable, "-P", "-c", _COMPILE, str(tmp_path), json.dumps(key)]
     environment = {**os.environ, "CUTE_DSL_ARCH": "sm_100a", "CUTE_DSL_DISABLE_FILE_CACHING": "1"}
     made = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert made.stdout.split()[:1] == ["True"], made.stdout + made.stderr[-2000:]

@@ -7,7 +7,7 @@ import torch
 
 from glu4 import reference
 from glu4.verify import Case, full_range_case
-from glu4.verify.tiles import UNWRITTEN, check_written, sample
+from glu4.verify.tiles import UNWRITTEN, check_written, sample, spread
 
 
 def expected(case: Case) -> torch.Tensor:
@@ -61,3 +61,10 @@ def test_samples_are_corners_and_begin_clusters() -> None:
     assert sample((6, 4, 1), (2, 1, 1), 2) == [(0, 0, 0), (4, 3, 0)]
     assert sample((1, 1, 3), count=4) == [(0, 0, 0), (0, 0, 2)]
     assert sample((2, 1, 1), (2, 1, 1), 4) == [(0, 0, 0)]
+
+
+def test_spread_samples_begin_clusters_at_equal_steps() -> None:
+    assert spread((10, 1, 1), (2, 1, 1), 3) == [(0, 0, 0), (4, 0, 0), (8, 0, 0)]
+    assert spread((10, 1, 1), (2, 1, 1), 9) == [(0, 0, 0), (2, 0, 0), (4, 0, 0), (6, 0, 0), (8, 0, 0)]
+    assert spread((4, 3, 1), (2, 1, 1), 2) == [(0, 0, 0), (2, 2, 0)]
+    assert spread((4, 1, 1), count=1) == [(0, 0, 0)]

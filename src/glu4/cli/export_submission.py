@@ -14,7 +14,7 @@ __all__ = ["command"]
 
 def command(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write it.")],
-    problem: Annotated[str, typer.Option(metavar="NAME", help="dual_gemm.")] = "dual_gemm",
+    problem: Annotated[str, typer.Option(metavar="NAME", help="dual_gemm or group_gemm.")] = "dual_gemm",
     shape_table: Annotated[
         str, typer.Option(metavar="NAME", help="Which configuration runs which shape: default, what the dispatch would choose.")
     ] = "default",

@@ -26,11 +26,11 @@ KERNELS = {"sm100_dual_gemm_w4a4": True, "sm100_linear_w4a4": False}  # whether 
 # ---- a submission ----
 
 
-def verify_emulated(file: Path, seed: int, quick: bool, tiles: int, log: Path | None, json: bool) -> bool:
+def verify_emulated(file: Path, problem: str, seed: int, quick: bool, tiles: int, log: Path | None, json: bool) -> bool:
     """Emulate a submission's launches at the public test shapes; whether all is right."""
     from glu4.verify.emulated import run, shapes
 
-    chosen = shapes(quick)
+    chosen = shapes(quick, problem)
     with progress(f"emulating {escape(file.name)}", total=len(chosen)) as advance:
         found = run(
             file, chosen, seed=seed, tiles=tiles, log=log,
@@ -40,16 +40,18 @@ def verify_emulated(file: Path, seed: int, quick: bool, tiles: int, log: Path | 
     if json:
         from dataclasses import asdict
 
-        emit_json({"status": "right" if right else "wrong", "submission": str(file), "seed": seed} | {
+        head = {"status": "right" if right else "wrong", "submission": str(file), "problem": problem, "seed": seed}
+        emit_json(head | {
             "shapes": [asdict(outcome) | {"right": outcome.ok} for outcome in found]})  # fmt: skip
     else:
-        _print(file, found, seed)
+        _print(file, problem, found, seed)
     return right
 
 
-def _print(file: Path, found: list[Emulated], seed: int) -> None:
+def _print(file: Path, problem: str, found: list[Emulated], seed: int) -> None:
     table = Table(title=f"{escape(file.name)} in the emulator, seed {seed}", title_justify="left", box=SIMPLE, pad_edge=False)
-    for name in ("M,N,K", "grid", "tiles", "result"):
+    table.add_column("M,N,K" if problem == "dual_gemm" else "groups", no_wrap=problem == "dual_gemm")
+    for name in ("grid", "tiles", "result"):
         table.add_column(name, no_wrap=True)
     table.add_column("seconds", justify="right", no_wrap=True)
     for outcome in found:

@@ -143,13 +143,13 @@ def _emulated(
     file: Path, problem: str | None, seed: int, quick: bool, tiles: int | None, device: str | None, log: Path | None, json: bool
 ) -> bool:
     from glu4.cli.tiles import verify_emulated
-    from glu4.verify.submission import detect_problem
+    from glu4.verify.submission import PROBLEMS, detect_problem
 
     _check_unused({"--device": device}, "is not for --emulate, which runs on the CPU")
     chosen = detect_problem(file) if problem is None else problem
-    if chosen != "dual_gemm":
-        raise ValueError(f"--emulate: expected a submission for dual_gemm, and this is one for {chosen}")
-    return verify_emulated(file, seed, quick, tiles or 2, log, json)
+    if chosen not in PROBLEMS:
+        raise ValueError(f"problem: expected one of {', '.join(PROBLEMS)}, got {chosen!r}")
+    return verify_emulated(file, chosen, seed, quick, tiles or 2, log, json)
 
 
 def _submission_document(report: SubmissionReport, seed: int) -> dict[str, Any]:

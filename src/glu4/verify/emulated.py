@@ -27,14 +27,15 @@ from glu4.emulator.capture import CapturedLaunch, describe
 from glu4.emulator.launch import emulate, load
 from glu4.verify import contest
 from glu4.verify.case import Case
-from glu4.verify.contest import DualData, DualShape
+from glu4.verify.contest import DualData, DualShape, GroupData, GroupShape
 from glu4.verify.recorder import Recorder
 from glu4.verify.submission import SubmissionError
-from glu4.verify.tiles import UNWRITTEN, check_written, sample
-from glu4.verify.worker import _load, _named_inputs, _raw
+from glu4.verify.tiles import UNWRITTEN, Tile, check_written, sample, spread
+from glu4.verify.worker import _load, _named_inputs, _outputs_before, _raw
 
 __all__ = ["Emulated", "run", "shapes"]
 
+Shape = DualShape | GroupShape
 _ARCH = "sm_100a"
 _QUICK = 1 << 19  # outputs of the largest shape that a quick run keeps
 
@@ -56,15 +57,15 @@ class Emulated:
         return not self.findings
 
 
-def shapes(quick: bool = False) -> list[DualShape]:
-    """The public test shapes, the fewest products first; quick: without large outputs."""
-    listed = sorted(dict.fromkeys(contest.DUAL_TESTS), key=lambda s: s.m * s.n * s.k)
-    return [s for s in listed if not quick or s.m * s.n <= _QUICK]
+def shapes(quick: bool = False, problem: str = "dual_gemm") -> list[Shape]:
+    """The public test shapes of a problem, the fewest products first; quick: without large outputs."""
+    tests: tuple[Shape, ...] = contest.DUAL_TESTS if problem == "dual_gemm" else contest.GROUP_TESTS
+    return [s for s in sorted(dict.fromkeys(tests), key=_products) if not quick or _outputs(s) <= _QUICK]
 
 
 def run(
     path: str | Path,
-    chosen: Sequence[DualShape],
+    chosen: Sequence[Shape],
     *,
     seed: int = 0,
     tiles: int = 2,
@@ -72,7 +73,7 @@ def run(
     log: str | Path | None = None,
     on_outcome: Callable[[Emulated], None] = lambda _: None,
 ) -> list[Emulated]:
-    """Emulate a dual_gemm submission's launches at `chosen` shapes, up to `tiles` CTAs or clusters of each.
+    """Emulate a submission's launches at `chosen` shapes, of one problem, up to `tiles` CTAs or clusters of each.
 
     Raises SubmissionError when the file cannot be run to the end.
     """
@@ -140,19 +141,44 @@ def _bytes_of(t: Tensor) -> np.ndarray[Any, Any]:
     return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
 
 
+def _unwritten(c: Tensor) -> Tensor:
+    return torch.full(c.shape, UNWRITTEN, dtype=torch.int16).view(torch.float16)
+
+
+def _full_range(shape: Shape, seed: int) -> tuple[Any, list[tuple[str, Case]]]:
+    """(what `custom_kernel` receives, c unwritten; a name and the case of each c)."""
+    if isinstance(shape, DualShape):
+        dual = contest.full_range_dual(shape, seed)
+        case = Case(f"{shape}", seed, _plain(dual.a), _plain(dual.b1), _plain(dual.b2))
+        return DualData(dual.a, dual.b1, dual.b2, _unwritten(dual.c)).as_tuple(), [("", case)]
+    data = contest.full_range_group(shape, seed)
+    groups = tuple((a, b, _unwritten(c)) for a, b, c in data.groups)
+    cases = [(f"group {i}, ", Case(f"{shape}, group {i}", seed, a[0], b[0], None)) for i, (a, b, _) in enumerate(groups)]
+    return GroupData(groups, data.padding).as_tuple(), cases
+
+
+def _is_own(result: Any, outputs: list[Tensor], listed: bool) -> bool:
+    """Whether a call returned data's c, or the list of them."""
+    if listed and not isinstance(result, (list, tuple)):
+        return False
+    given = list(result) if listed else [result]
+    return len(given) == len(outputs) and all(
+        isinstance(r, Tensor) and r.shape == c.shape and r.data_ptr() == c.data_ptr() for r, c in zip(given, outputs)
+    )
+
+
 def _emulate_shape(
-    kernel: Callable[[Any], Any], recorder: Recorder, shape: DualShape, seed: int, tiles: int, schedule: str
+    kernel: Callable[[Any], Any], recorder: Recorder, shape: Shape, seed: int, tiles: int, schedule: str
 ) -> Emulated:
     start = time.perf_counter()
-    data = contest.full_range_dual(shape, seed)
-    unwritten = torch.full((shape.batch, shape.m, shape.n), UNWRITTEN, dtype=torch.int16).view(torch.float16)
-    arguments = DualData(data.a, data.b1, data.b2, unwritten).as_tuple()
-    inputs = _named_inputs(arguments)
+    arguments, cases = _full_range(shape, seed)
+    inputs, outputs, listed = _named_inputs(arguments), _outputs_before(arguments), isinstance(shape, GroupShape)
     before = {name: _raw(t) for name, t in inputs.items()}
     recorder.launches.clear()
-    result = kernel(arguments)
+    # a copy of the lists, so that a submission which edits them does not change what is compared
+    result = kernel(tuple(list(part) for part in arguments) if listed else arguments)
     findings = [f"the call changed its input {n}" for n, t in inputs.items() if not torch.equal(_raw(t), before[n])]
-    if not isinstance(result, Tensor) or result.shape != arguments[9].shape or result.data_ptr() != arguments[9].data_ptr():
+    if not _is_own(result, outputs, listed):
         findings.append("emulation needs custom_kernel to return data's own c")
     if len(recorder.launches) != 1:
         findings.append(f"emulation knows calls of one launch; this one made {len(recorder.launches)}")
@@ -160,22 +186,47 @@ def _emulate_shape(
     if not findings:
         ptx, launch = recorder.launches[0]
         grid, cluster = launch.grid, launch.cluster or (1, 1, 1)
-        memory = _arrays(launch, {**inputs, "c": arguments[9]})
+        memory = _arrays(launch, {**inputs, **{f"c{i}": c for i, c in enumerate(outputs)}})
         buffers = {n: (t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for n, t in memory.items()}
         description, program = describe(launch, buffers), load(ptx)
-        case = Case(f"{shape}", seed, _plain(data.a), _plain(data.b1), _plain(data.b2))
-        for i, cta in enumerate(sample(grid, cluster, tiles)):
+        for i, cta in enumerate((spread if listed else sample)(grid, cluster, tiles)):
             arrays = {n: _bytes_of(t) for n, t in memory.items()}
             one = {**description, "ctas": [list(cta)]}
             ran = emulate(program, one, arrays, schedule_name=schedule, seed=seed + i)
             instructions += ran.report.instructions
             findings += [str(h) for h in ran.report.hazards]
-            written = torch.from_numpy(ran.buffers["c"].view(np.int16)).view(torch.float16)
-            for tile in check_written(case, written.view(shape.batch, shape.m, shape.n)):
-                checked.append(tile.name)
-                findings += [f"{tile.name}: {tile.finding}"] * bool(tile.finding)
+            for name, tile in _written(cases, outputs, ran.buffers):
+                checked.append(name)
+                findings += [f"{name}: {tile.finding}"] * bool(tile.finding)
     seconds = time.perf_counter() - start
     return Emulated(str(shape), tuple(findings), grid, cluster, tuple(checked), instructions, seconds)
+
+
+def _written(cases: list[tuple[str, Case]], outputs: list[Tensor], buffers: dict[str, Any]) -> list[tuple[str, Tile]]:
+    """(name, tile) of what a launch wrote, of all c together at least one."""
+    found = []
+    for i, ((name, case), c) in enumerate(zip(cases, outputs, strict=True)):
+        written = torch.from_numpy(buffers[f"c{i}"].view(np.int16)).view(torch.float16)
+        m, n, batch = c.shape
+        found += [(name + tile.name, tile) for tile in check_written(case, written.view(batch, m, n))]
+    some = [(name, tile) for name, tile in found if tile.rows[1]]
+    return some or [("all of c", found[0][1])]
+
+
+def _products(shape: Shape) -> int:
+    """Multiply-adds of one matrix product, over all groups."""
+    sizes = ((shape.batch * shape.m, shape.n, shape.k),) if isinstance(shape, DualShape) else shape.sizes
+    return sum(m * n * k for m, n, k in sizes)
+
+
+def _outputs(shape: Shape) -> int:
+    sizes = ((shape.batch * shape.m, shape.n, shape.k),) if isinstance(shape, DualShape) else shape.sizes
+    return sum(m * n for m, n, _ in sizes)
+
+
+def _shape(request: dict[str, Any]) -> Shape:
+    """What `asdict` made of a shape, and JSON of that."""
+    return GroupShape(tuple((m, n, k) for m, n, k in request["sizes"])) if "sizes" in request else DualShape(**request)
 
 
 def _plain(matrix: Any) -> Any:
@@ -192,7 +243,7 @@ def main() -> None:
         _prepare(recorder)
         kernel = _load(path)
         for shape in request["shapes"]:
-            found = _emulate_shape(kernel, recorder, DualShape(**shape), request["seed"], request["tiles"], request["schedule"])
+            found = _emulate_shape(kernel, recorder, _shape(shape), request["seed"], request["tiles"], request["schedule"])
             answers.write(json.dumps(asdict(found)) + "\n")
     except Exception as error:
         answers.write(json.dumps({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}) + "\n")

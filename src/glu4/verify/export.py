@@ -18,9 +18,12 @@ from importlib.resources import files
 __all__ = ["PROBLEMS", "SHAPE_TABLES", "export"]
 
 _PACKAGE = "glu4"
-PROBLEMS = {"dual_gemm": "glu4.backends.blackwell.contest_kernel"}
+PROBLEMS = {
+    "dual_gemm": "glu4.backends.blackwell.contest_kernel",
+    "group_gemm": "glu4.backends.blackwell.grouped_contest_kernel",
+}
 SHAPE_TABLES = ("default",)
-_LEADERBOARDS = {"dual_gemm": "nvfp4_dual_gemm"}
+_LEADERBOARDS = {"dual_gemm": "nvfp4_dual_gemm", "group_gemm": "nvfp4_group_gemm"}
 _BUILTINS = frozenset(dir(builtins))
 
 
@@ -309,7 +312,7 @@ def export(problem: str = "dual_gemm", shape_table: str = "default") -> str:
     )
     head += ["# The kernel has been run in emulation only. Annotations in quotes name types that may not be in this file.", ""]
     parts = ["\n".join([*head, *sorted(bundle.outside, key=lambda line: (line.split()[1], line))])]
-    for source, texts in bundle.texts({"TABLE": _table(shape_table)}):
+    for source, texts in bundle.texts({"TABLE": _table(problem, shape_table)}):
         if texts:
             place = source.name.replace(".", "/") + ".py"
             parts.append(f"# ---- {place} ----")
@@ -317,13 +320,17 @@ def export(problem: str = "dual_gemm", shape_table: str = "default") -> str:
     return "\n\n\n".join(parts) + "\n"
 
 
-def _table(name: str) -> str:
+def _table(problem: str, name: str) -> str:
     """Configurations of the public shapes."""
-    from glu4.backends.blackwell.config import candidates
+    from glu4.backends.blackwell import config, grouped_config
     from glu4.bench.suites import dual_problem
-    from glu4.verify.contest import DUAL_BENCHMARKS, DUAL_TESTS
+    from glu4.verify import contest
 
     assert name == "default"
-    shapes = dict.fromkeys((*DUAL_BENCHMARKS, *DUAL_TESTS))
-    rows = [f"    ({s.m}, {s.n}, {s.k}, {s.batch}): {next(candidates(dual_problem(s)))!r}," for s in shapes]
+    if problem == "dual_gemm":
+        shapes = dict.fromkeys((*contest.DUAL_BENCHMARKS, *contest.DUAL_TESTS))
+        rows = [f"    ({s.m}, {s.n}, {s.k}, {s.batch}): {next(config.candidates(dual_problem(s)))!r}," for s in shapes]
+    else:
+        groups = dict.fromkeys((*contest.GROUP_BENCHMARKS, *contest.GROUP_TESTS))
+        rows = [f"    {tuple((*s, 1) for s in g.sizes)}: {next(grouped_config.candidates(g.sizes))!r}," for g in groups]
     return "\n".join(["TABLE = {", *rows, "}"])

@@ -13,7 +13,7 @@ from glu4.nvfp4 import NVFP4Tensor
 from glu4.verify.case import Case
 from glu4.verify.checker import check
 
-__all__ = ["UNWRITTEN", "Tile", "check_written", "sample"]
+__all__ = ["UNWRITTEN", "Tile", "check_written", "sample", "spread"]
 
 UNWRITTEN = 0x7E55  # a NaN with a payload in both 16-bit types
 
@@ -39,6 +39,14 @@ def sample(grid: tuple[int, int, int], cluster: tuple[int, int, int] = (1, 1, 1)
     corners = [(x[i], y[j], z[k]) for k, i, j in product((0, 1), (0, 1), (0, 1))]
     corners.sort(key=lambda c: ((c[0] > 0) != (c[1] > 0), c[2] > 0))
     return list(dict.fromkeys(corners))[:count]
+
+
+def spread(grid: tuple[int, int, int], cluster: tuple[int, int, int] = (1, 1, 1), count: int = 4) -> list[tuple[int, int, int]]:
+    """Up to `count` CTAs of a grid, the first of their clusters: the first, the last, and others between at equal steps."""
+    x, y, z = (g // c for g, c in zip(grid, cluster, strict=True))
+    last = x * y * z - 1
+    numbers = dict.fromkeys(round(i * last / max(count - 1, 1)) for i in range(count))
+    return [(i % x * cluster[0], i // x % y * cluster[1], i // (x * y) * cluster[2]) for i in numbers]
 
 
 def check_written(case: Case, out: Tensor) -> list[Tile]:

@@ -157,7 +157,6 @@ def test_public_test_shapes_whole(defaults: GroupKernels, shape: GroupShape, pro
     prove(defaults[str(shape)], full_range(11, shape.sizes), schedule, processors=processors)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("shape", GROUP_BENCHMARKS, ids=str)
 def test_public_benchmark_shapes_at_sampled_tiles(defaults: GroupKernels, shape: GroupShape) -> None:
     """On 148 processors: the first and the last worker and one between, each with all its tiles, at full M, N and K."""
