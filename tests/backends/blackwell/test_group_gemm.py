@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from backends.blackwell import grouped_table, machine_code
 from backends.blackwell.grouped import DTYPES, Call, GroupKernel, GroupKernels, full_range, run, spec, wrong
 from backends.blackwell.test_dual_gemm import PASSED, WAIT
 from glu4.backends.blackwell.emulation import export
@@ -294,6 +295,15 @@ def test_instructions(kernels: GroupKernels, name: str) -> None:
     assert count(kernel, r"\.param \.align 64 \.b8 \S+\[128\]") == 4 * c.groups
     assert resources(kernel.cubin) == (kernel.description["registers"], 0)
     assert kernel.description["params"] == grouped_sizes(c)
+
+
+@pytest.mark.skipif(machine_code.disassembler() is None, reason="needs nvidia-cuda-nvdisasm")
+def test_the_table_of_the_documentation(compiled: Path) -> None:
+    kernels = GroupKernels(grouped_table.SPECS, compiled)
+    assert grouped_table.written() == grouped_table.table(kernels)
+    for name in kernels:
+        found = machine_code.counts(kernels[name].cubin)
+        assert (found["spills"], found["other MMAs"], found["TMA loads"]) == (0, 0, 4)
 
 
 def test_compiled_for_the_cache(tmp_path: Path) -> None:
