@@ -229,6 +229,7 @@ W4A4_FAULTS: dict[str, tuple[Edit, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", W4A4_FAULTS)
 def test_faults_in_the_kernel_that_decodes_tokens(fault: str) -> None:
     """Of every fault, some schedule tells."""
