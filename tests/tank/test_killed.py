@@ -19,7 +19,7 @@ import pytest
 
 from glu4.tank.ledger import Ledger, Verdict
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 PAIRS = 5
 WORDS = ("faster", "slower", "no difference", "wrong result")
