@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from glu4.activation import SILU, Activation
 from glu4.backends.blackwell.emulation import export
 from glu4.backends.blackwell.grouped_config import GroupConfig, Size, Tile
 from glu4.backends.blackwell.grouped_launch import GroupChoice, GroupPlan, grouped_sizes
@@ -114,7 +115,8 @@ def recording() -> Iterator[Recorder]:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """Operands and outputs of one call: for each group a case of `linear`, and C `[m + 2, n + 8]` full of SENTINEL."""
+    """Operands and outputs of one call: for each group a case of one weight or of gate and up, and C `[m + 2, n + 8]` full of
+    SENTINEL."""
 
     cases: Sequence[Case]
     kernel: GroupKernel
@@ -133,7 +135,8 @@ class Call:
         found: dict[str, Tensor] = {}
         for g, case in enumerate(self.cases):
             assert isinstance(case.x, NVFP4Tensor)
-            for name, matrix in ((f"b{g}", case.gate), (f"a{g}", case.x)):
+            for name, matrix in ((f"b{g}", case.gate), (f"a{g}", case.x), (f"up{g}", case.up))[: self.matrices]:
+                assert matrix is not None
                 whole = matrix.to_swizzled()
                 # one byte more than nothing, so that an empty group has an address
                 codes, scale = whole.codes.contiguous(), whole.block_scale.contiguous().view(torch.uint8).flatten()
@@ -141,11 +144,20 @@ class Call:
             found[f"c{g}"] = self.outs[g]
         found["global_a"] = torch.stack([case.x.global_scale for case in self.cases])  # type: ignore[union-attr]
         found["global_b"] = torch.stack([case.gate.global_scale for case in self.cases])
+        if self.matrices == 3:
+            found["global_up"] = torch.stack([case.up.global_scale for case in self.cases])  # type: ignore[union-attr]
         return found
 
+    @property
+    def matrices(self) -> int:
+        """Of each group."""
+        return self.kernel.spec.config.maps // 2
+
     def addresses(self) -> list[int]:
-        names = [name for g in range(len(self.cases)) for name in (f"b{g}", f"scale_b{g}", f"a{g}", f"scale_a{g}", f"c{g}")]
-        return [self.memory[name].data_ptr() for name in (*names, "global_a", "global_b")]
+        which = ("b", "a", "up")[: self.matrices]
+        each = [(*(part + name for name in which for part in ("", "scale_")), "c") for _ in self.cases]
+        names = [f"{name}{g}" for g, own in enumerate(each) for name in own] + [f"global_{name}" for name in ("a", "b", "up")]
+        return [self.memory[name].data_ptr() for name in names if name in self.memory]
 
     def captured(self, processors: int = PROCESSORS) -> CapturedLaunch:
         """What the package's host code launches."""
@@ -155,7 +167,9 @@ class Call:
             formats = [f"{size}s" for size in grouped_sizes(config)]
             made = Kernel(self.kernel.cubin, self.kernel.description, formats, cluster=(config.ctas, 1, 1))
             strides = [out.stride(0) for out in self.outs]
-            GroupPlan(GroupChoice(made, config, processors), self.sizes, strides).launch(-1, 0, self.addresses())
+            act = self.cases[0].activation
+            numbers = (int(act.kind == "identity"), act.alpha, act.beta, act.limit)
+            GroupPlan(GroupChoice(made, config, processors), self.sizes, strides, numbers).launch(-1, 0, self.addresses())
         ((_, launch),) = recorder.launches
         return launch
 
@@ -188,10 +202,13 @@ def run(
     return result, [torch.from_numpy(result.buffers[f"c{g}"]) for g in range(len(call.cases))]
 
 
-def full_range(seed: int, sizes: Sequence[Size], out: str = "f16") -> list[Case]:
+def full_range(
+    seed: int, sizes: Sequence[Size], out: str = "f16", gated: bool = False, activation: Activation = SILU
+) -> list[Case]:
     """A full-range case for each group, with global scales of its own."""
+    given: dict[str, Any] = {"linear": not gated, "out_dtype": DTYPES[out], "activation": activation}
     cases = [
-        full_range_case(seed + 17 * g, m, n, k, linear=True, out_dtype=DTYPES[out]) if m and n else _empty(m, n, k, DTYPES[out])
+        full_range_case(seed + 17 * g, m, n, k, **given) if m and n else _empty(m, n, k, given)
         for g, (m, n, k) in enumerate(sizes)
     ]
     scales = [float(case.x.global_scale) * float(case.gate.global_scale) for case in cases if case.x.shape[0]]  # type: ignore[union-attr]
@@ -199,10 +216,9 @@ def full_range(seed: int, sizes: Sequence[Size], out: str = "f16") -> list[Case]
     return cases
 
 
-def _empty(m: int, n: int, k: int, out: torch.dtype) -> Case:
-    return replace(
-        full_range_case(0, 8, 8, k, linear=True, out_dtype=out), name="empty", x=_zeros(m, k), gate=_zeros(n, k)
-    )  # fmt: skip
+def _empty(m: int, n: int, k: int, given: dict[str, Any]) -> Case:
+    case = full_range_case(0, 8, 8, k, **given)
+    return replace(case, name="empty", x=_zeros(m, k), gate=_zeros(n, k), up=None if case.up is None else _zeros(n, k))
 
 
 def _zeros(rows: int, k: int) -> NVFP4Tensor:
@@ -238,7 +254,9 @@ def wrong(call: Call, found: Sequence[Tensor], pieces: Sequence[Tile] | None = N
 def _part(case: Case, rows: slice, cols: slice) -> Case:
     assert isinstance(case.x, NVFP4Tensor)
     x = case.x.narrow_rows(rows.start, rows.stop - rows.start)
-    return replace(case, x=x, gate=case.gate.narrow_rows(cols.start, cols.stop - cols.start))
+    gate, up = (None if w is None else w.narrow_rows(cols.start, cols.stop - cols.start) for w in (case.gate, case.up))
+    assert gate is not None
+    return replace(case, x=x, gate=gate, up=up)
 
 
 def spec(groups: int, out: str = "f16", **fields: Any) -> GroupSpec:

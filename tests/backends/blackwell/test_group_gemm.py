@@ -15,6 +15,7 @@ import torch
 from backends.blackwell import grouped_table, machine_code
 from backends.blackwell.grouped import DTYPES, Call, GroupKernel, GroupKernels, full_range, run, spec, wrong
 from backends.blackwell.test_dual_gemm import PASSED, WAIT
+from glu4.activation import IDENTITY, clamped_silu, swiglu_oai
 from glu4.backends.blackwell.emulation import export
 from glu4.backends.blackwell.grouped_config import Size, candidates, grouped_legal, tiles
 from glu4.backends.blackwell.grouped_launch import grouped_sizes
@@ -50,6 +51,13 @@ KERNELS: dict[str, tuple[GroupSpec, list[Size]]] = {
     "pair, n 32": (spec(2, ctas=2, tile_m=256, tile_n=32, stages=3, store="direct", load_width=16), TWO),
     "pair, n 256": (spec(2, ctas=2, tile_m=256, tile_n=256, stages=2), [(300, 130, 544), (20, 270, 800)]),
     "one wave": (spec(2, schedule="one_wave", stages=2), TWO),
+    "gated": (spec(2, gated=True, stages=2), TWO),
+    "gated, n 32": (spec(4, "bf16", gated=True, tile_n=32, stages=3, load_width=8, store="direct"), FOUR),
+    "gated, pair": (spec(2, gated=True, ctas=2, tile_m=256, stages=2, load_width=16), [(130, 300, 1056), (40, 261, 288)]),
+    "gated, pair, n 64": (
+        spec(4, "bf16", gated=True, ctas=2, tile_m=256, tile_n=64, stages=2, schedule="launch_control", evict_first=True),
+        FOUR,
+    ),
     "launch control": (spec(4, schedule="launch_control", tile_n=64, stages=3), FOUR),
     "launch control, pair": (
         spec(2, "bf16", ctas=2, tile_m=256, tile_n=64, schedule="launch_control", stages=2, pdl=True),
@@ -85,26 +93,38 @@ def prove(kernel: GroupKernel, cases: Sequence[Case], schedules: Any = SLOWEST_A
 def test_full_range_with_tails(kernels: GroupKernels, name: str) -> None:
     """Each group's global scales are its own; every hazard check is on."""
     one, sizes = KERNELS[name]
-    prove(kernels[name], full_range(2, sizes, one.out))
+    prove(kernels[name], full_range(2, sizes, one.out, one.config.gated))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", KERNELS)
 def test_twenty_schedules(kernels: GroupKernels, name: str) -> None:
     one, sizes = KERNELS[name]
-    prove(kernels[name], full_range(2, sizes, one.out), TWENTY)
+    prove(kernels[name], full_range(2, sizes, one.out, one.config.gated), TWENTY)
 
 
-@pytest.mark.parametrize("name", ["base", "pair", "launch control"])
+@pytest.mark.parametrize("name", ["base", "pair", "launch control", "gated", "gated, pair"])
 def test_exact_sums(kernels: GroupKernels, name: str) -> None:
     one, sizes = KERNELS[name]
-    cases = [exact_sum_case(4 + g, max(m, 1), n, k, linear=True) for g, (m, n, k) in enumerate(sizes)]
+    cases = [exact_sum_case(4 + g, max(m, 1), n, k, linear=not one.config.gated) for g, (m, n, k) in enumerate(sizes)]
     prove(kernels[name], [replace(case, out_dtype=DTYPES[one.out]) for case in cases], SCHEDULES[1:2])
 
 
 def test_every_code_under_every_scale(kernels: GroupKernels) -> None:
     """128 tokens pick 128 of K; 128 weights of 8 blocks run through all 127 scales and all 16 codes, in the second group."""
     prove(kernels["base"], [*full_range(5, [(40, 72, 288)]), one_hot_case(3, 128, 128, 128, linear=True)], SCHEDULES[1:2])
+
+
+@pytest.mark.parametrize("which", ["gate", "up"])
+def test_every_code_under_every_scale_of_two_weights(kernels: GroupKernels, which: Any) -> None:
+    cases = [one_hot_case(3 + g, 128, 128, 128, which=which) for g in range(2)]
+    for case in cases:  # one a launch, since a launch has one activation
+        prove(kernels["gated"], [case, replace(case, name="again")], SCHEDULES[1:2])
+
+
+@pytest.mark.parametrize("activation", [clamped_silu(1.5), swiglu_oai(), IDENTITY], ids=lambda a: a.name)
+def test_activations(kernels: GroupKernels, activation: Any) -> None:
+    prove(kernels["gated, n 32"], full_range(5, [(40, 72, 288), *FOUR[1:]], "bf16", True, activation), SCHEDULES[1:2])
 
 
 def test_a_nan_scale_poisons_its_own_row_or_column_of_its_group(kernels: GroupKernels) -> None:
@@ -189,7 +209,6 @@ def exchange(*pairs: tuple[int, int]) -> Any:
 
 GROUPS, MAPS = 2, 2  # of "base"; its first map's number
 OUTS = MAPS + 4 * GROUPS + 4
-GLOBAL = OUTS + (2 + 3) * GROUPS
 # the first parameter of each kind is the first group's: codes of B, scales of B, codes of A, scales of A, C
 WRONG_PARAMETERS = {
     **{f"{what} of the other group": exchange((MAPS + i, MAPS + 4 + i)) for i, what in enumerate(("B", "scales of B", "A", "scales of A"))},
@@ -199,6 +218,16 @@ WRONG_PARAMETERS = {
     "N of the other group": exchange((OUTS + 2 * GROUPS + 1, OUTS + 2 * GROUPS + 4)),
     "K of the other group": exchange((OUTS + 2 * GROUPS + 2, OUTS + 2 * GROUPS + 5)),
 }  # fmt: skip
+
+
+def test_parameters_of_up_for_those_of_gate_are_found(kernels: GroupKernels) -> None:
+    """Maps of codes, of scales, and global scales, exchanged in one group."""
+    call = Call(full_range(8, [(40, 72, 288), (24, 136, 544)], gated=True), kernels["gated"])
+    last = len(call.kernel.description["params"]) - 4  # of the activation
+    for pairs in (((2, 6),), ((3, 7),), ((last - 2, last - 1),)):
+        result, found = run(call, change=exchange(*pairs))
+        assert wrong(call, found) or not result.report.clean
+    assert not wrong(call, run(call)[1])
 
 
 @pytest.mark.parametrize("fault", WRONG_PARAMETERS)
@@ -238,6 +267,10 @@ FAULTS = {
     "scales of B for A": ("base", r"(tcgen05\.mma.*), \[(%\w+)\], \[%\w+\]", r"\1, [\2], [\2]", None, "numbers"),
     "no barrier between writing and reading a buffer": ("base", r"bar\.warp\.sync.*", "", r"ld\.shared\.v4", "data race"),
     "no barrier before the next tile's buffer": ("base", r"bar\.warp\.sync.*", "", r"tcgen05\.ld", "data race"),
+    "gate's map for up": ("gated", SELECTED, ALWAYS, r"cp\.async\.bulk\.tensor", "numbers"),
+    "gate's sum into up's": ("gated", r"(tcgen05\.mma\S+\s+\[%\w+)\]", r"\1+128]", None, "numbers"),
+    "two weights, no wait for a full stage": ("gated", WAIT, PASSED, r"tcgen05\.cp", "missing wait"),
+    "two weights, no wait for a free stage": ("gated", WAIT, PASSED, r"cp\.async\.bulk\.tensor", "missing wait"),
     "no wait for the kernel in front": ("n 32", r"griddepcontrol\.wait.*", "", None, "data race"),
     "no wait for a response": ("launch control", WAIT, PASSED, r"clusterlaunchcontrol\.query", "a response"),
     "not the tile that a response names": ("launch control", r"get_first_ctaid::x", "get_first_ctaid::y", None, "numbers"),
@@ -254,7 +287,8 @@ def test_planted_faults_are_found(kernels: GroupKernels, fault: str) -> None:
     """Each at one place, in a launch of several tiles a CTA, of groups with more and with fewer steps than stages."""
     name, pattern, new, before, kind = FAULTS[fault]
     sizes: list[Size] = [(130, 136, 1312), (30, 261, 1056), (70, 200, 800), (130, 300, 288)][: KERNELS[name][0].config.groups]
-    call = Call(full_range(8, sizes, KERNELS[name][0].out), kernels[name])
+    one = KERNELS[name][0]
+    call = Call(full_range(8, sizes, one.out, one.config.gated), kernels[name])
     program = load(changed(kernels[name].ptx, pattern, new, before, BACK.get(fault, 1)))
     result, found = run(call, program=program, schedule_name="random", seed=1, max_instructions=400_000, resident=2)
     kinds = {h.kind for h in result.report.hazards}
@@ -289,10 +323,10 @@ def test_instructions(kernels: GroupKernels, name: str) -> None:
     kernel = kernels[name]
     c = kernel.spec.config
     kind = rf"tcgen05\.mma\.cta_group::{c.ctas}\.kind::mxf4nvf4\.block_scale\.block16"
-    assert count(kernel, kind) == count(kernel, r"tcgen05\.mma") == c.tile_k // 64
-    assert count(kernel, r"cp\.async\.bulk\.tensor\.[23]d\S*shared::") == 4
-    assert count(kernel, r"tcgen05\.ld") == 1
-    assert count(kernel, r"\.param \.align 64 \.b8 \S+\[128\]") == 4 * c.groups
+    assert count(kernel, kind) == count(kernel, r"tcgen05\.mma") == c.tile_k // 64 * (1 + c.gated)
+    assert count(kernel, r"cp\.async\.bulk\.tensor\.[23]d\S*shared::") == c.maps
+    assert count(kernel, r"tcgen05\.ld") == 1 + c.gated
+    assert count(kernel, r"\.param \.align 64 \.b8 \S+\[128\]") == c.maps * c.groups
     assert resources(kernel.cubin) == (kernel.description["registers"], 0)
     assert kernel.description["params"] == grouped_sizes(c)
 
@@ -314,7 +348,7 @@ def test_compiled_for_the_cache(tmp_path: Path) -> None:
     cubin, description = found
     assert resources(cubin) == (description["registers"], 0)
     assert (description["threads"], description["cluster"], description["pdl"]) == (192, [2, 1, 1], True)
-    assert description["shared_bytes"] == one.config.mma.shared_bytes(1)
+    assert description["shared_bytes"] == one.config.shared_bytes
     assert compile_missing([one], tmp_path) == 0
 
 

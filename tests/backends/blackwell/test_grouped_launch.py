@@ -20,7 +20,7 @@ from glu4.backends.blackwell import arguments
 from glu4.backends.blackwell.arguments import Shape
 from glu4.backends.blackwell.config import Config
 from glu4.backends.blackwell.grouped_config import GroupConfig, Size
-from glu4.backends.blackwell.grouped_launch import MATRICES, GroupChoice, GroupPlan, grouped_parameters, grouped_sizes
+from glu4.backends.blackwell.grouped_launch import GroupChoice, GroupPlan, grouped_parameters, grouped_sizes
 from glu4.backends.blackwell.grouped_spec import GroupSpec
 from glu4.backends.blackwell.spec import KernelSpec
 from glu4.compiled.driver import Kernel
@@ -31,7 +31,10 @@ from glu4.verify.recorder import Recorder
 needs_dsl = pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="needs CuTe DSL to compile the kernels")
 SIZES: list[Size] = [(130, 136, 288), (40, 261, 544)]
 STRIDES = [200, 300]
-ADDRESSES = [0x7000_0000_0000 + (i << 36) for i in range(2 * MATRICES + 2)]
+PLACED = [0x7000_0000_0000 + (i << 36) for i in range(17)]
+ADDRESSES = PLACED[:12]  # of two groups' B, A and C, and global scales; behind them of up
+GATED = [*PLACED[:4], *PLACED[12:14], PLACED[4], *PLACED[5:9], *PLACED[14:16], PLACED[9], *PLACED[10:12], PLACED[16]]
+ACTIVATION = (1, 1.702, 1.0, 7.0)
 TESTS = Path(__file__).parents[2]
 
 
@@ -41,8 +44,9 @@ def host(one: GroupSpec, folder: Path, sizes: list[Size], processors: int) -> Ca
     command = [sys.executable, "-m", "backends.blackwell.grouped_host", json.dumps(one.to_dict()), str(folder)]
     made = subprocess.run(command, env=environment, cwd=TESTS, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-2000:]
-    given = [pointer(a) for a in ADDRESSES] + [scalar("i64", s) for s in STRIDES]
-    given += [scalar("i32", v) for size in sizes for v in size] + [scalar("i32", processors), pointer(0)]
+    given = [pointer(a) for a in PLACED] + [scalar("i64", s) for s in STRIDES]
+    given += [scalar("i32", v) for size in sizes for v in size] + [scalar("i32", ACTIVATION[0])]
+    given += [scalar("f32", v) for v in ACTIVATION[1:]] + [scalar("i32", processors), pointer(0)]
     (launch,) = capture(folder / f"{one.name}.o", (folder / f"{one.name}.ptx").read_text(), given)
     return launch
 
@@ -52,6 +56,8 @@ HOSTS: dict[str, dict[str, Any]] = {
     "n 32, k 128": {"tile_n": 32, "tile_k": 128, "schedule": "one_wave"},
     "pair, n 64": {"ctas": 2, "tile_m": 256, "tile_n": 64, "schedule": "launch_control", "pdl": True, "store": "direct"},
     "pair, n 256": {"ctas": 2, "tile_m": 256, "tile_n": 256, "stages": 2},
+    "gated": {"gated": True, "tile_n": 64, "stages": 2},
+    "gated, pair": {"gated": True, "ctas": 2, "tile_m": 256, "stages": 2},
 }
 
 
@@ -63,13 +69,13 @@ def test_parameters_are_those_of_the_host_code(tmp_path: Path, name: str) -> Non
     c, processors = one.config, 5
     launch = host(one, tmp_path, SIZES, processors)
     with recording():
-        ours = grouped_parameters(c, SIZES, STRIDES, ADDRESSES)
+        ours = grouped_parameters(c, SIZES, STRIDES, GATED if c.gated else ADDRESSES, ACTIVATION)
     assert [len(b) for b in ours] == [len(b) for b in launch.params] == grouped_sizes(c)
     for i, (mine, theirs) in enumerate(zip(ours[2:], launch.params[2:], strict=True)):  # two tiled MMAs hold nothing
         assert canonical(mine) == canonical(theirs), f"parameter {i + 2}"
     assert launch.grid == c.grid(SIZES, processors)
     assert (launch.block, launch.cluster) == ((192, 1, 1), (2, 1, 1) if c.ctas == 2 else None)
-    assert launch.dynamic_smem == c.mma.shared_bytes(1)
+    assert launch.dynamic_smem == c.shared_bytes
 
 
 @pytest.mark.slow
@@ -111,6 +117,16 @@ def test_a_later_launch_has_its_own_addresses_and_no_other_difference() -> None:
         assert first.params == third.params
     assert first.grid == (7, 1, 1)
     assert [decode(p).address for p in second.params if len(p) == 128] == [moved[i] for i in (0, 1, 2, 3, 5, 6, 7, 8)]
+
+
+def test_a_later_launch_of_two_weights() -> None:
+    config = GroupConfig(2, gated=True, stages=2)
+    with recording() as recorder:
+        plan = GroupPlan(GroupChoice(remembering(recorder, config), config, 148), SIZES, STRIDES, ACTIVATION)
+        moved = [a + 4096 * (i + 1) for i, a in enumerate(GATED)]
+        for addresses in (GATED, moved):
+            plan.launch(-1, 0, addresses)
+        assert list(recorder.launches[1][1].params[2:]) == grouped_parameters(config, SIZES, STRIDES, moved, ACTIVATION)[2:]
 
 
 def test_threads_do_not_share_memory_of_a_launch() -> None:

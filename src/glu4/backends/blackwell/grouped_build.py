@@ -39,12 +39,13 @@ def compile_grouped(spec: GroupSpec, directory: str) -> tuple[bytes, str, dict[s
         return make_ptr(element, 0, cute.AddressSpace.gmem, assumed_align=align)
 
     each = range(config.groups)
-    operands = tuple(tuple(pointer(t, 16) for _ in range(2) for t in (E2M1, E4M3)) for _ in each)
+    operands = tuple(tuple(pointer(t, 16) for _ in range(config.maps // 2) for t in (E2M1, E4M3)) for _ in each)
     outs, strides = tuple(pointer(out, 2) for _ in each), tuple(cutlass.Int64(0) for _ in each)
     sizes = tuple((cutlass.Int32(0), cutlass.Int32(0), cutlass.Int32(0)) for _ in each)
-    scales = [pointer(cutlass.Float32, 4) for _ in range(2)]
+    scales = tuple(pointer(cutlass.Float32, 4) for _ in range(config.maps // 2))
+    activation = (cutlass.Int32(0), *(cutlass.Float32(0.0) for _ in range(3))) if config.gated else ()
     made = cute.compile(
-        GroupGemm(config, out), operands, outs, strides, sizes, *scales, cutlass.Int32(0), make_fake_stream(),
+        GroupGemm(config, out), operands, outs, strides, sizes, scales, activation, cutlass.Int32(0), make_fake_stream(),
         options=f"--gpu-arch {spec.arch} --keep-ptx --keep-cubin --dump-dir={directory}",
     )  # fmt: skip
     cubin, ptx = bytes(made.artifacts.CUBIN), made.artifacts.PTX
@@ -59,7 +60,7 @@ def compile_grouped(spec: GroupSpec, directory: str) -> tuple[bytes, str, dict[s
         "params": _param_sizes(ptx),
         "threads": config.mma.threads,
         "cluster": [config.ctas, 1, 1],
-        "shared_bytes": config.mma.shared_bytes(1),
+        "shared_bytes": config.shared_bytes,
         "registers": registers,
         "pdl": config.pdl,
         "tool": f"nvidia-cutlass-dsl {DSL_VERSION}",

@@ -30,20 +30,21 @@ class GroupEpilogue(Epilogue):
 
     def __init__(self, config: GroupConfig, out_type: Any) -> None:
         super().__init__(config.mma, out_type, dual=False)
-        self.turned = config.store == "shared"
+        self.turned, self.two = config.store == "shared", config.gated
 
     @cute.jit
     def write(self, context, piece, state):
         """All of a tile, load_width tokens at a time; tokens beyond M and weights beyond N are not written."""
         c = self.config
-        base, accumulator, done, outs, strides, sizes, global_scales, staged, half, thread = context
+        base, accumulator, done, outs, strides, sizes, global_scales, activation, staged, half, thread = context
         x, y, _, group = piece[0]
         m, n = pick([s[0] for s in sizes], group), pick([s[1] for s in sizes], group)
         out, stride = pick([o.toint() for o in outs], group), pick(strides, group)
-        tokens, weights = [cute.make_tensor(p + group, cute.make_layout(1))[0] for p in global_scales]
-        factors = self.factors(tokens, weights)
+        scales = [cute.make_tensor(p + group, cute.make_layout(1))[0] for p in global_scales]
+        factors = [self.factors(scales[0], scale) for scale in scales[1:]]
         first_row = x * c.tile_m + half * ROWS
         sums = cute.make_rmem_tensor((c.load_width,), Float32)
+        up = cute.make_rmem_tensor((c.load_width if self.two else 1,), Float32)
         rounded = cute.make_rmem_tensor((c.load_width,), self.out_type)
         done[0].consumer_wait(state)
         if cutlass.const_expr(self.turned):
@@ -52,9 +53,15 @@ class GroupEpilogue(Epilogue):
             token = y * c.tile_n + i * c.load_width
             if token < m:
                 self.read(base, accumulator, 0, i, sums, thread)
+                if cutlass.const_expr(self.two):
+                    self.read(base, accumulator, 1, i, up, thread)
                 cute.arch.fence_view_async_tmem_load()
                 for j in cutlass.range_constexpr(c.load_width):
-                    rounded[j] = (sums[j] * factors[0] * factors[1]).to(self.out_type)
+                    value = sums[j] * factors[0][0] * factors[0][1]
+                    if cutlass.const_expr(self.two):
+                        value = self.activate(value, *activation)
+                        value = self.gated(value, up[j] * factors[1][0] * factors[1][1], *activation)
+                    rounded[j] = value.to(self.out_type)
                 if cutlass.const_expr(self.turned):
                     self.store_turned(rounded, staged, i % BUFFERS, out, stride, token, first_row, m, n, thread)
                 else:

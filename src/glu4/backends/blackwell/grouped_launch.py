@@ -1,8 +1,8 @@
 """Launches of the Blackwell kernel of grouped products: parameters as the driver takes them, and plans that patch addresses.
 
 Executed in emulation only so far: no such GPU was at hand. CuTe DSL's host code of `grouped_gemm` passes, one after the other:
-both tiled MMAs (nothing in them), four tensor maps of each group, the extents of the first group's codes and scales, C of each
-group, row strides, sizes, and global scales. Tests compare.
+both tiled MMAs (nothing in them), four or six tensor maps of each group, the extents of the first group's codes and scales, C
+of every group, row strides, sizes, global scales, and of two weights the activation. Tests compare.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from glu4.backends.blackwell.grouped_config import GroupConfig, Size
 from glu4.backends.blackwell.launch import _STREAM_AT, _Frame
 from glu4.compiled.driver import Kernel
 
-__all__ = ["MATRICES", "GroupChoice", "GroupPlan", "grouped_parameters", "grouped_sizes"]
+__all__ = ["GroupChoice", "GroupPlan", "grouped_parameters", "grouped_sizes"]
 
-MATRICES = 5  # addresses of each group: codes of B, its scales, codes of A, its scales, C
-_MAPS = 4
+Activation = tuple[int, float, float, float]  # flags (glu4.backends.blackwell.epilogue), alpha, beta, limit
+_SILU = (0, 1.0, 0.0, float("inf"))
 _ATOM_BYTES = 512  # of block scales (glu4.scale_layout)
 
 
@@ -33,31 +33,43 @@ class GroupChoice(NamedTuple):
 
 def grouped_sizes(config: GroupConfig) -> list[int]:
     """Bytes of every parameter."""
-    g = config.groups
-    return [12, 12, *[_MAP_BYTES] * (_MAPS * g), 8, 8, 8, 8, *[8] * g, *[8] * g, *[4] * (3 * g), 8, 8]
+    g, scales = config.groups, config.maps // 2
+    return [
+        12, 12, *[_MAP_BYTES] * (config.maps * g), 8, 8, 8, 8, *[8] * (2 * g), *[4] * (3 * g), *[8] * scales,
+        *[4] * (4 * config.gated),
+    ]  # fmt: skip
 
 
 def grouped_parameters(
-    config: GroupConfig, sizes: Sequence[Size], strides: Sequence[int], addresses: Sequence[int]
+    config: GroupConfig,
+    sizes: Sequence[Size],
+    strides: Sequence[int],
+    addresses: Sequence[int],
+    activation: Activation = _SILU,
 ) -> list[bytes]:
     """Every parameter; the maps are encoded by the driver.
 
     sizes      (M, N, K) of each group, K a multiple of 32
     strides    of each group's C, in elements from row to row
-    addresses  MATRICES of each group, then of float32 global scales `[groups]` of A and of B
+    addresses  of each group: codes of B or gate, its scales, codes of A, its scales, codes of up, its scales, C; then of
+               float32 global scales `[groups]` of A, of B or gate, and of up; without up where there is one weight
     """
     maps: list[bytes] = []
+    each = config.maps + 1
     for group, (m, n, k) in enumerate(sizes):
-        b, scale_b, a, scale_a, _ = addresses[MATRICES * group : MATRICES * (group + 1)]
-        for i, (codes, scales, rows) in enumerate(((b, scale_b, n), (a, scale_a, m))):
+        own = addresses[each * group : each * (group + 1)]
+        for i in range(config.maps // 2):
             # of an empty group, whose maps nobody reads, as if there were a row
-            maps += [_codes(config, i, codes, max(rows, 1), k), _scales(config, i, scales, max(rows, 1), k)]
+            rows, second = max(m if i == 1 else n, 1), int(i == 1)
+            maps += [_codes(config, second, own[2 * i], rows, k), _scales(config, second, own[2 * i + 1], rows, k)]
     m, n, k = sizes[0]
     extents = [v for rows in (n, m) for v in ((rows, k), (-(-rows // 128), -(-k // 64)))]
-    outs = [struct.pack("=Q", a) for a in addresses[MATRICES - 1 : MATRICES * len(sizes) : MATRICES]]
+    outs = [struct.pack("=Q", a) for a in addresses[each - 1 : each * len(sizes) : each]]
+    numbers = [struct.pack("=i", activation[0]), *(struct.pack("=f", v) for v in activation[1:])] if config.gated else []
     return [
         _EMPTY, _EMPTY, *maps, *(struct.pack("=2i", *v) for v in extents), *outs, *(struct.pack("=q", s) for s in strides),
-        *(struct.pack("=i", v) for size in sizes for v in size), *(struct.pack("=Q", a) for a in addresses[-2:]),
+        *(struct.pack("=i", v) for size in sizes for v in size),
+        *(struct.pack("=Q", a) for a in addresses[each * len(sizes) :]), *numbers,
     ]  # fmt: skip
 
 
@@ -78,8 +90,10 @@ def _scales(config: GroupConfig, i: int, address: int, rows: int, k: int) -> byt
 class GroupPlan:
     """Launches of one kernel on one device that differ in addresses alone."""
 
-    def __init__(self, chosen: GroupChoice, sizes: Sequence[Size], strides: Sequence[int]) -> None:
-        self._chosen, self._sizes, self._strides = chosen, tuple(sizes), tuple(strides)
+    def __init__(
+        self, chosen: GroupChoice, sizes: Sequence[Size], strides: Sequence[int], activation: Activation = _SILU
+    ) -> None:
+        self._chosen, self._sizes, self._strides, self._activation = chosen, tuple(sizes), tuple(strides), activation
         self._grid = chosen.config.grid(sizes, chosen.processors)
         self._frames: list[Any] = []
         self._places: tuple[int, ...] = ()
@@ -100,10 +114,11 @@ class GroupPlan:
 
     def _frame(self, addresses: Sequence[int]) -> Any:
         """The memory of a launch, and where the words are that change: a tensor map begins with its address."""
-        groups, chosen = len(self._sizes), self._chosen
-        values = grouped_parameters(chosen.config, self._sizes, self._strides, addresses)
+        groups, chosen, maps = len(self._sizes), self._chosen, self._chosen.config.maps
+        values = grouped_parameters(chosen.config, self._sizes, self._strides, addresses, self._activation)
         frame = _Frame(chosen, self._grid, values)  # type: ignore[arg-type] # of which it reads the kernel
-        outs = 2 + _MAPS * groups + _MAPS
-        order = [p for g in range(groups) for p in (*range(2 + _MAPS * g, 2 + _MAPS * (g + 1)), outs + g)]
-        self._places = tuple(frame.starts[p] // 8 for p in (*order, len(values) - 2, len(values) - 1))
+        outs = 2 + maps * groups + 4
+        order = [p for g in range(groups) for p in (*range(2 + maps * g, 2 + maps * (g + 1)), outs + g)]
+        scales = outs + 5 * groups
+        self._places = tuple(frame.starts[p] // 8 for p in (*order, *range(scales, scales + maps // 2)))
         return frame

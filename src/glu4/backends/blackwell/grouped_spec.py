@@ -31,7 +31,8 @@ class GroupSpec:
     @property
     def name(self) -> str:
         """As DESIGN has it: architecture, operation, operand types; then output type and configuration."""
-        return f"{self.arch.rstrip('a').replace('_', '')}_group_gemm_w4a4_{self.out}_{self.config.name}"
+        operation = "group_dual_gemm" if self.config.gated else "group_gemm"
+        return f"{self.arch.rstrip('a').replace('_', '')}_{operation}_w4a4_{self.out}_{self.config.name}"
 
     @property
     def key(self) -> str:
