@@ -35,19 +35,20 @@ from glu4.verify.case import Case
 from glu4.verify.checker import check
 from glu4.weights import pack
 
-WIDTHS = (8, 16, 32, 48, 64, 80, 96, 112, 128)
-CHOICES = (128, 112, 96, 80, 64)
-WIDE = (8, 16, 32, 64, 96, 128, 160, 192, 224, 256)
-EIGHTS = tuple(range(8, 65, 8))
+NEVER = (1 << 20) - 1
 CONFIGS = (
-    GroupedConfig(128, 2, 32, WIDTHS, CHOICES, 4),
-    GroupedConfig(128, 3, 32, WIDTHS, CHOICES, 4),
-    GroupedConfig(128, 4, 32, WIDTHS, CHOICES, 2),
-    GroupedConfig(256, 2, 32, WIDE, (256, 224, 192, 160, 128), 4),
-    GroupedConfig(128, 2, 128, WIDTHS, CHOICES, 4),
-    GroupedConfig(64, 4, 32, EIGHTS, (64, 56, 48, 40, 32), 2),
-    GroupedConfig(64, 3, 64, EIGHTS, (64, 56, 48, 40, 32), 4),
-    GroupedConfig(16, 4, 16, (8, 16), (16,), 2),
+    GroupedConfig(128, 2, 32, 8, 4),
+    GroupedConfig(128, 3, 32, 8, 4),
+    GroupedConfig(128, 4, 32, 8, 2),
+    GroupedConfig(256, 2, 32, 16, 4),
+    GroupedConfig(64, 4, 32, 8, 2),
+    GroupedConfig(64, 3, 64, 8, 4),
+    GroupedConfig(16, 4, 16, 8, 2),
+    # tiles always shared, and never
+    GroupedConfig(128, 4, 32, 8, 2, share=0),
+    GroupedConfig(256, 2, 32, 16, 4, share=0),
+    GroupedConfig(128, 4, 32, 8, 2, share=NEVER),
+    GroupedConfig(256, 2, 32, 16, 4, share=NEVER),
 )
 SPECS = tuple(GroupedSpec(c, "f16", "f16") for c in CONFIGS)
 CASES = (*GROUPED_SUITES["grouped-seed"], *GROUPED_SUITES["moe"])
@@ -62,7 +63,7 @@ def load_kernel(directory: Path, spec: GroupedSpec) -> Any:
     if not found:
         return None
     _, _, line, cubin = found[-1].read_bytes().split(b"\n", 3)
-    return made_kernel(spec, cubin, json.loads(line))
+    return made_kernel(spec, cubin, json.loads(line)), spec.config
 
 
 class Operands:
@@ -93,7 +94,7 @@ class Operands:
     def run(self, kernel: Any, out: Tensor, packed: Tensor | None = None) -> None:
         scales = (self.weights[0].global_scale, self.weights[1].global_scale)
         submit(
-            kernel, 0, self.x, self.packed if packed is None else packed, self.offsets, scales, None, (None, None), SILU, out
+            *kernel, 0, self.x, self.packed if packed is None else packed, self.offsets, scales, None, (None, None), SILU, out
         )
 
     def poisoned(self) -> Tensor:
@@ -203,7 +204,8 @@ def main() -> None:
     parser.add_argument("--compile", type=Path)
     parser.add_argument("--kernels", type=Path)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="cases whose names hold this")
+    parser.add_argument("--config", default="", help="one configuration, by name")
     parser.add_argument("--no-peers", action="store_true")
     options = parser.parse_args()
     if options.compile:
@@ -211,7 +213,8 @@ def main() -> None:
         return
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.zeros(1, device="cuda")  # kernels load into its context
-    kernels = {s.config.name: k for s in SPECS if (k := load_kernel(options.kernels, s)) is not None}
+    chosen = [s for s in SPECS if options.config in ("", s.config.name)]
+    kernels = {s.config.name: k for s in chosen if (k := load_kernel(options.kernels, s)) is not None}
     print("kernels", list(kernels), flush=True)
     rows: list[dict[str, Any]] = []
     broken: set[str] = set()
@@ -219,7 +222,7 @@ def main() -> None:
         data = Operands(sizes, n, k, seed=n)
         expected = data.reference()
         for name, kernel in kernels.items():
-            reason = wrong(data, kernel, expected)
+            reason = wrong(data, kernel, expected) if len(sizes) <= kernel[1].max_experts else ""
             if reason:
                 broken.add(name)
                 rows.append({"case": f"{len(sizes)} experts N{n} K{k}", "config": name, "wrong": reason})

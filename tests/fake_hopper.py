@@ -23,7 +23,7 @@ from torch import Tensor
 
 from glu4 import dispatch, reference
 from glu4.activation import IDENTITY, Activation
-from glu4.backends.hopper import grouped_launch, launch
+from glu4.backends.hopper import flags, grouped_launch, launch
 from glu4.backends.hopper.pack import UNIT_WORDS, unpack_gated, unpack_matrix
 from glu4.backends.hopper.spec import DecodeSpec, GroupedSpec, KernelSpec, Spec, spec_from_dict
 from glu4.compiled import driver, store
@@ -34,8 +34,8 @@ PARAMETERS = "=iiQiiQQQQQi4xQi4xifffQiiQ"
 SIZES = [128, 8, 24, 8, 8, 8, 16, 16, 4, 4, 4, 4, 24, 1]
 NVFP4_PARAMETERS = "=QiiQQiiQ" + PARAMETERS[3:]
 NVFP4_SIZES = [24, 24, *SIZES[2:]]
-GROUPED_PARAMETERS = "=iiQiii4xqqQi4xQi4xQi4xQQiiqQiiqifffQiiq"
-GROUPED_SIZES = [128, 8, 40, 16, 16, 16, 8, 24, 24, 4, 4, 4, 4, 24]
+GROUPED_PARAMETERS = "=iiQiii4xqqQi4xQi4xQi4xQQiiqQiiqifffQiiqQi4xQi4x"
+GROUPED_SIZES = [128, 8, 40, 16, 16, 16, 8, 24, 24, 4, 4, 4, 4, 24, 16, 16]
 DECODER_PARAMETERS = "=Qi4xQi4xQi4xi"
 DECODER_SIZES = [16, 16, 16, 4]
 TYPES = {6: torch.float16, 10: torch.bfloat16}  # in a tensor map
@@ -88,11 +88,16 @@ class FakeCuda:
     pause: float = 0.0
     context: int = CONTEXT
     mode: int = 0  # of stream capture: global
+    graph: int = 0  # the number of the one that is captured, 0 for none
     _images: list[bytes] = field(default_factory=list)
 
     def _done(self, name: str) -> int:
         self.calls.append(name)
         return self.failures.pop(name, 0)
+
+    def cuStreamGetCaptureInfo_v2(self, stream: object, status: Any, number: Any, *_: object) -> int:
+        status._obj.value, number._obj.value = int(self.graph != 0), self.graph
+        return self._done("cuStreamGetCaptureInfo_v2")
 
     def cuLibraryLoadData(self, library: Any, image: bytes, *_: object) -> int:
         self._images.append(image)
@@ -271,11 +276,15 @@ def run_grouped(launched: Launch) -> None:
     assert isinstance(spec, GroupedSpec)
     (rows, k, weights, experts, tiles, units, expert_stride, tile_stride, offsets, ends, gate_scale, gate_experts, up_scale,
      up_experts, x_scale, gate_bias, bias_experts, bias_n, bias_row, up_bias, *again, flags, alpha, beta, limit, out, out_rows, n,
-     out_row) = launched.parameters  # fmt: skip
+     out_row, partials, partial_count, ready, ready_count) = launched.parameters  # fmt: skip
     assert (ends, gate_experts, up_experts, bias_experts) == (experts + 1, experts, experts, experts)
     assert (bias_n, bias_row, again, out_rows) == (n, n, [experts, n, n], rows)
     assert (expert_stride, tile_stride) == (tiles * units * UNIT_WORDS, units * UNIT_WORDS)
     assert (launched.grid, launched.block) == ((132, 1, 1), (spec.config.threads, 1, 1))
+    c = spec.config
+    assert (partial_count, ready_count) == (132 * c.rows * 64 * c.tokens, 132 * c.rows)
+    memory(partials, (partial_count,), (1,), torch.float32).fill_(float("nan"))
+    assert not memory(ready, (ready_count,), (1,), torch.int32).any()
     packed = memory(weights, (experts, tiles, units, UNIT_WORDS), (expert_stride, tile_stride, UNIT_WORDS, 1), torch.int32)
     memory(weights + packed.nbytes, (UNIT_WORDS,), (1,), torch.int32).sum()  # the spare unit, which a stage may read
     bounds = memory(offsets, (ends,), (1,), torch.int32).tolist()
@@ -309,6 +318,7 @@ def forget() -> None:
     """What this process remembers of kernels and warnings."""
     launch.forget()
     grouped_launch.forget()
+    flags.forget()
     kept = (dispatch._provide, dispatch._compile, dispatch._provide_grouped, dispatch._compile_grouped)
     for remembered in (*kept, dispatch.warn_once, driver._primary_context):
         remembered.cache_clear()
@@ -331,6 +341,8 @@ def fake_hopper(monkeypatch: pytest.MonkeyPatch, compiled: bool = True) -> Itera
     monkeypatch.setattr(launch, "is_hopper", lambda device: device.type == "cpu")
     monkeypatch.setattr(launch, "_properties", lambda index: ("Fake Hopper", 132))
     monkeypatch.setattr(grouped_launch, "_processors", lambda index: 132)
+    monkeypatch.setattr(flags, "_zeros", lambda index: torch.zeros(flags._OWNERS * flags.FLAGS, dtype=torch.int32))
+    monkeypatch.setattr(flags, "_capturing", lambda: cuda.graph != 0)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: cuda.device, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: cuda.stream, raising=False)
     monkeypatch.setattr(torch.cuda, "device", lambda index: _current_device(cuda, index))

@@ -5,11 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
-import numpy as np
-
-from glu4.backends.hopper.grouped_config import GroupedConfig
-
-TILE_COST = 40
+from glu4.backends.hopper.grouped_config import FINISH_STEPS, STEP_COST, GroupedConfig
 
 
 class Tile(NamedTuple):
@@ -22,44 +18,69 @@ class Tile(NamedTuple):
     width: int
 
 
+class Piece(NamedTuple):
+    """Steps `first` to `end` along K of one tile."""
+
+    tile: int
+    first: int
+    end: int
+
+
 def clamped_counts(offsets: list[int], rows: int) -> tuple[list[int], list[int]]:
     """(first row, tokens) of each expert; no row outside x, whatever the offsets say."""
     inside = [min(max(o, 0), rows) for o in offsets]
     return inside[:-1], [max(b - a, 0) for a, b in itertools.pairwise(inside)]
 
 
-def share(count: int, most: int, widths: tuple[int, ...]) -> tuple[int, int]:
-    """(tiles, width): as few tiles as hold `count` tokens, `most` each, of the narrowest width that holds an even share."""
-    tiles = -(-count // most)
-    each = -(-count // tiles) if tiles else 0
-    return tiles, next(w for w in (0, *widths) if w >= each)
+def share(count: int, config: GroupedConfig) -> list[int]:
+    """Widths of an expert's tiles: as few as hold its tokens, in grains that are shared out evenly, wider ones first."""
+    tiles, grains = -(-count // config.tokens), -(-count // config.grain)
+    return [(grains + tiles - 1 - t) // tiles * config.grain for t in range(tiles)]
 
 
-def most_tokens(counts: list[int], row_tiles: int, ctas: int, config: GroupedConfig) -> int:
-    """The choice with the fewest rounds times the mean tile's cost; the first of equals. In float32, as on the device."""
-    costs = []
-    for most in config.choices:
-        shares = [share(c, most, config.widths) for c in counts]
-        tiles, tokens = sum(t for t, _ in shares), sum(t * w for t, w in shares)
-        rounds = -(-tiles * row_tiles // ctas)
-        costs.append(np.float32(rounds) * (np.float32(tokens) / np.float32(max(tiles, 1)) + np.float32(TILE_COST)))
-    return config.choices[int(np.argmin(costs))]
-
-
-def plan(offsets: list[int], rows: int, row_tiles: int, ctas: int, config: GroupedConfig) -> list[Tile]:
-    """All tiles in the order in which they are taken."""
+def plan(offsets: list[int], rows: int, row_tiles: int, config: GroupedConfig) -> tuple[list[Tile], list[int]]:
+    """(all tiles in the order of work, cost of a step of each in tokens: that of its expert's widest tile)."""
     begins, counts = clamped_counts(offsets, rows)
-    most = most_tokens(counts, row_tiles, ctas, config)
-    shares = [share(c, most, config.widths) for c in counts]
+    widths = [share(c, config) for c in counts]
+    found, costs = [], []
+    for e in sorted(range(len(counts)), key=lambda e: -max(widths[e], default=0)):  # stable: by index among equals
+        for row_tile in range(row_tiles):
+            first = begins[e]
+            for width in widths[e]:
+                found.append(Tile(e, row_tile, first, min(begins[e] + counts[e], first + width), width))
+                costs.append(max(widths[e]) + STEP_COST)
+                first += width
+    return found, costs
+
+
+def cuts(costs: list[int], steps: int, ctas: int, config: GroupedConfig) -> tuple[int, list[tuple[int, int]]]:
+    """(rounds of whole tiles, where each CTA's part of the rest begins, and the end)."""
+    tiles = len(costs)
+    rounds = -(-tiles // ctas)
+    whole = max(rounds - 2, 0)
+    rest = costs[whole * ctas :]
+    longest = (rest[0] if rest else 0) + (rest[-1] if len(rest) > ctas else 0)
+    if (longest * ctas - sum(rest)) * steps <= config.share // config.rows * ctas:
+        return rounds, [(tiles, 0)] * (ctas + 1)
+    parts = min(ctas, max(len(rest) * steps // config.least, 1))
     found = []
-    for e in sorted(range(len(counts)), key=lambda e: -shares[e][1]):  # stable: by index among equals
-        tiles, width = shares[e]
-        for row_tile, t in itertools.product(range(row_tiles), range(tiles)):
-            first = begins[e] + t * width
-            found.append(Tile(e, row_tile, first, min(begins[e] + counts[e], first + width), width))
-    return found
+    for cta in range(ctas + 1):
+        left = sum(rest) * cta  # cost, times parts
+        tile = whole * ctas
+        while tile < tiles and left >= costs[tile] * parts:
+            left -= costs[tile] * parts
+            tile += 1
+        step = 0 if tile == tiles else left * (steps + FINISH_STEPS) // (costs[tile] * parts)
+        late = step > max(steps - config.least, steps // 2)
+        tile, step = (tile + 1, 0) if late else (tile, 0 if step < config.least else step)
+        found.append((tile, step) if tile < tiles and cta < parts else (tiles, 0))
+    return whole, found
 
 
-def of_cta(turn: int, cta: int, ctas: int) -> int:
-    """Index of a CTA's tile in a round: first to last in even rounds, last to first in odd ones."""
-    return turn * ctas + (ctas - 1 - cta if turn % 2 else cta)
+def pieces(cta: int, ctas: int, tiles: int, steps: int, rounds: int, found: list[tuple[int, int]]) -> list[Piece]:
+    """What a CTA computes, in order: the beginning of a tile that another ends; whole ones; the end of one that others began."""
+    (tile, step), (last, end) = found[cta : cta + 2]
+    mine = [Piece(last, step if tile == last else 0, end)]
+    mine += [Piece(turn * ctas + (ctas - 1 - cta if turn % 2 else cta), 0, steps) for turn in range(rounds)]
+    mine += [Piece(t, step if t == tile else 0, steps) for t in range(last - 1, tile - 1, -1)]
+    return [p for p in mine if p.tile < tiles and p.first < p.end]

@@ -15,9 +15,9 @@ import pytest
 
 from glu4.backends.hopper.grouped_config import GroupedConfig
 from glu4.emulator.launch import emulate, load
-from grouped_twin import of_cta, plan
+from grouped_twin import cuts, pieces, plan
 
-CONFIG = GroupedConfig(32, 4, 8, (8, 16, 32), (32, 16), 2)
+CONFIG = GroupedConfig(32, 4, 8, 8, 2, least=2, share=160)
 
 
 @pytest.fixture(scope="module")
@@ -45,34 +45,49 @@ def drawn(seed: int, experts: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("offsets", "rows", "row_tiles", "ctas"),
+    ("offsets", "rows", "row_tiles", "ctas", "steps"),
     [
-        ([0, 3, 3, 12, 13, 30], 32, 3, 4),
-        ([0, 0, 0], 5, 2, 3),
-        ([0, 33, 97], 97, 1, 2),
-        ([4, 90, -3, 12, 7], 40, 2, 3),
-        pytest.param(drawn(1, 37), drawn(1, 37)[-1], 2, 5, marks=pytest.mark.slow),
-        pytest.param(drawn(2, 512), drawn(2, 512)[-1] + 1, 1, 2, marks=pytest.mark.slow),
+        ([0, 3, 3, 12, 13, 30], 32, 3, 4, 7),
+        ([0, 0, 0], 5, 2, 3, 4),
+        ([0, 33, 97], 97, 1, 2, 12),
+        ([0, 33, 97], 97, 1, 11, 12),
+        ([4, 90, -3, 12, 7], 40, 2, 3, 1),
+        ([0, 30, 60, 61, 90], 90, 7, 5, 9),
+        pytest.param(drawn(1, 37), drawn(1, 37)[-1], 2, 5, 6, marks=pytest.mark.slow),
+        pytest.param(drawn(1, 37), drawn(1, 37)[-1], 3, 9, 17, marks=pytest.mark.slow),
+        pytest.param(drawn(2, 512), drawn(2, 512)[-1] + 1, 1, 2, 5, marks=pytest.mark.slow),
     ],
     ids=lambda v: str(len(v)) if isinstance(v, list) else str(v),
 )
-def test_the_device_has_the_twins_schedule(ptx: str, offsets: list[int], rows: int, row_tiles: int, ctas: int) -> None:
-    want = plan(offsets, rows, row_tiles, ctas, CONFIG)
-    size = len(want) + 2
+def test_the_device_has_the_twins_schedule(
+    ptx: str, offsets: list[int], rows: int, row_tiles: int, ctas: int, steps: int
+) -> None:
+    tiles, costs = plan(offsets, rows, row_tiles, CONFIG)
+    rounds, found = cuts(costs, steps, ctas, CONFIG)
+    want = [pieces(cta, ctas, len(tiles), steps, rounds, found) for cta in range(ctas)]
+    turns = max(len(p) for p in want) + 2
     launch = {
         "grid": [ctas], "block": [CONFIG.threads], "dynamic_smem": 16384,
         "params": [
             {"pack": [{"ptr": "offsets"}, {"bytes": struct.pack("<i4x", len(offsets)).hex()}]},
-            {"pack": [{"ptr": "out"}, {"bytes": struct.pack("<i4x", size).hex()}]},
-            {"i32": row_tiles}, {"i32": rows},
+            {"pack": [{"ptr": "out"}, {"bytes": struct.pack("<iii4x", ctas, turns, turns * 8).hex()}]},
+            {"i32": row_tiles}, {"i32": rows}, {"i32": steps},
         ],
     }  # fmt: skip
-    buffers = {"offsets": np.array(offsets, np.int32), "out": np.full((size, 6), -7, np.int32)}
+    buffers = {"offsets": np.array(offsets, np.int32), "out": np.full((ctas, turns, 8), -7, np.int32)}
     result = emulate(load(ptx), launch, buffers)
     assert result.report.clean, str(result.report)
-    got = result.buffers["out"]
-    assert (got[len(want) :] == -7).all()
-    assert [tuple(row[:5]) for row in got[: len(want)].tolist()] == [tuple(t) for t in want]
-    rounds = -(-len(want) // ctas)
-    whose = {of_cta(turn, cta, ctas): cta for turn in range(rounds) for cta in range(ctas)}
-    assert [row[5] for row in got[: len(want)].tolist()] == [whose[i] for i in range(len(want))]
+    for own, rows_of in zip(want, result.buffers["out"].tolist(), strict=True):
+        got = [row for row in rows_of if row[0] != -7]
+        assert [tuple(row[:3]) for row in got] == [tuple(p) for p in own]
+        assert [tuple(row[3:]) for row in got] == [tuple(tiles[p.tile]) for p in own]
+
+
+def test_some_of_these_are_shared_and_some_are_not() -> None:
+    def shared(offsets: list[int], row_tiles: int, ctas: int, steps: int) -> bool:
+        _, found = cuts(plan(offsets, offsets[-1], row_tiles, CONFIG)[1], steps, ctas, CONFIG)
+        return any(step for _, step in found)
+
+    assert shared([0, 33, 97], 1, 11, 12)
+    assert shared([0, 30, 60, 61, 90], 7, 5, 9)
+    assert not shared([0, 33, 97], 1, 2, 1)

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from glu4.verify.case import Case
 from glu4.verify.checker import check
 from operands import full_range
 
-CONFIG = GroupedConfig(32, 4, 8, (8, 16, 32), (32, 16), 2)
+CONFIG = GroupedConfig(32, 4, 8, 8, 2, least=1, share=0)
 SENTINEL = 0x7BCD
 COMPILE = """
 import sys, tempfile
@@ -100,6 +101,7 @@ class Experts:
             "box_shape": [64, config.box], "swizzle": "128B",
         }  # fmt: skip
         words = fields("iii4xqq", experts, tiles, units, tiles * units * UNIT_WORDS, units * UNIT_WORDS)
+        sizes = {"partials": ctas * config.rows * 64 * config.tokens, "ready": ctas * config.rows}
         scales = [{"pack": [{"ptr": name}, fields("i4x", experts)]} for name in ("gate", "up")]
         biases = [{"pack": [{"ptr": name}, fields("iiq", experts, n, n)]} for name in ("gate_bias", "up_bias")]
         params = [
@@ -107,6 +109,7 @@ class Experts:
             {"pack": [{"ptr": "offsets"}, fields("i4x", experts + 1)]}, *scales, {"ptr": "gate"}, *biases, {"i32": 6},
             {"f32": SILU.alpha}, {"f32": SILU.beta}, {"f32": SILU.limit},
             {"pack": [{"ptr": "c"}, fields("iiq", rows, n, n)]},
+            *({"pack": [{"ptr": name}, fields("i4x", size)]} for name, size in sizes.items()),
         ]  # fmt: skip
         buffers = {
             "x": self.x.view(torch.uint16).numpy(),
@@ -117,10 +120,12 @@ class Experts:
             "gate_bias": self.biases[0].numpy(),
             "up_bias": self.biases[1].numpy(),
             "c": np.full((rows, n), SENTINEL, np.uint16),
+            "partials": np.full(sizes["partials"], np.nan, np.float32),
+            "ready": np.zeros(sizes["ready"], np.int32),
         }
         launch = {
             "grid": [ctas], "block": [config.threads], "dynamic_smem": config.shared_bytes, "params": params,
-            "dependent": ["x", "offsets", "c"],
+            "dependent": ["x", "offsets", "c", "partials", "ready"],
         }  # fmt: skip
         return emulate(load(text), launch, buffers, schedule_name=schedule, seed=seed)
 
@@ -136,16 +141,17 @@ class Experts:
                 found += [] if verdict.ok else [f"expert {e}: {verdict.summary()}"]
         if not (result.buffers["c"][self.offsets[-1] :] == SENTINEL).all():
             found.append("rows beyond the last expert's were written")
+        if result.buffers["ready"].any():
+            found.append("a flag was left up")
         return found
 
 
 @pytest.mark.parametrize(
     ("counts", "schedule", "seed"),
     [([0, 0, 5], "eager", 0), ([0, 0], "eager", 0)]
-    + [
-        pytest.param([3, 0, 9, 1, 17], *s, marks=pytest.mark.slow)
-        for s in (("eager", 0), ("lazy", 0), ("random", 1), ("random", 2))
-    ],
+    + [pytest.param([3, 0, 9, 1, 17], *s, marks=pytest.mark.slow) for s in (("eager", 0), ("random", 1), ("random", 2))]
+    # lazily, copies are held back until nothing else runs, and a warp that awaits a flag runs
+    + [pytest.param([3, 0, 9, 1, 17], "lazy", 0, marks=(pytest.mark.slow, pytest.mark.long))],
 )
 def test_every_expert_has_its_own(counts: list[int], schedule: str, seed: int) -> None:
     experts = Experts(counts, 72, 208)
@@ -181,10 +187,25 @@ def test_wrong_offsets_lead_to_no_access_outside(offsets: list[int]) -> None:
 
 
 @pytest.mark.slow
-def test_bits_do_not_depend_on_the_number_of_ctas() -> None:
-    experts = Experts([3, 0, 9, 1], 72, 144)
-    few, many = (experts.run(ptx(CONFIG), CONFIG, ctas=c).buffers["c"] for c in (1, 7))
+def test_bits_do_not_depend_on_the_number_of_ctas_where_no_tile_is_shared() -> None:
+    experts, config = Experts([3, 0, 9, 1], 72, 144), replace(CONFIG, share=(1 << 20) - 1)
+    few, many = (experts.run(ptx(config), config, ctas=c).buffers["c"] for c in (1, 7))
     assert (few == many).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ctas", [5, 16])
+def test_tiles_that_several_ctas_share(ctas: int) -> None:
+    """Two that two CTAs share, and with more CTAs than tiles some that three do; the same bits again, whatever comes first."""
+    config = GroupedConfig(32, 1, 8, 8, 4, least=1, share=0)
+    experts = Experts([3, 0, 9, 33], 40, 640)
+    results = [experts.run(ptx(config), config, ctas=ctas, schedule="random", seed=seed) for seed in (1, 2)]
+    left = ~np.isnan(results[0].buffers["partials"]).reshape(ctas, -1).all(1)
+    assert left.sum() >= (3 if ctas == 5 else 9)
+    for result in results:
+        assert result.report.clean, str(result.report)
+        assert experts.wrong(result) == []
+        assert (result.buffers["c"] == results[0].buffers["c"]).all()
 
 
 FAULTS = {
@@ -195,13 +216,24 @@ FAULTS = {
     "tokens from x's start": ("cute.domain_offset((first, 0), x)", "cute.domain_offset((0, 0), x)"),
     "sums that start at one": ("sums.fill(0.0)", "sums.fill(1.0)"),
     "a tile too few": (
-        "        tiles = (count + most - 1) // most\n        _,",
-        "        tiles = (count + most - 2) // most\n        _,",
+        "            tiles = (count + (most - 1)) // most\n",
+        "            tiles = (count + (most - 2)) // most\n",
     ),
-    "too narrow a product": ("            wide = share > below\n", "            wide = share > below + 1\n"),
-    "experts of one width in one place": (
-        "            before = inside if place == p else before\n",
-        "            before = before\n",
+    "too narrow a product": ("            width = place * grain\n", "            width = cutlass.max(place - 1, 1) * grain\n"),
+    "experts of one width in one place": ("        rank = before + Int32", "        rank = Int32"),
+    "sums of another CTA left out": ("sums[token // 2 + i] + theirs[i]", "sums[token // 2 + i]"),
+    "sums collected without waiting": (
+        "        await_flag(ready.iterator.toint() + (part * c.rows + row) * 4)\n",
+        "",
+    ),
+    "a flag raised before the sums are there": (
+        "        cute.arch.barrier(barrier_id=2 + row, number_of_threads=WARPGROUP)\n        if lane == 0:\n            raise_flag",
+        "        if lane == 0:\n            raise_flag",
+    ),
+    "a flag left up": ("            ready[part * c.rows + row] = 0  # for the next launch\n", "            pass\n"),
+    "a flag taken down before all warps saw it": (
+        "        cute.arch.barrier(barrier_id=2 + row, number_of_threads=WARPGROUP)\n        if lane == 0:\n            ready",
+        "        if lane == 0:\n            ready",
     ),
     "no wait for the kernel before": ("        cute.arch.griddepcontrol_wait()\n", ""),
     "a stage released before its products are done": ("                warpgroup.wait_group(1)\n", ""),

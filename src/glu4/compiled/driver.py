@@ -18,7 +18,7 @@ import torch
 
 from glu4.errors import UnsupportedError
 
-__all__ = ["Kernel", "Repeat"]
+__all__ = ["Kernel", "Relaxed", "Repeat", "capture_id"]
 
 _C = torch._C
 # cuda.h of CUDA 13.0
@@ -55,8 +55,9 @@ def _check(status: int, what: str) -> None:
         raise RuntimeError(f"{what} failed: {(name.value or b'unknown').decode()} ({status})")
 
 
-class _Relaxed:
-    """Loading a kernel is legal here even while this thread captures a CUDA graph: nothing of it belongs to the graph."""
+class Relaxed:
+    """A context in which loading a kernel and allocating are legal even while this thread captures a CUDA graph: nothing of it
+    belongs to the graph."""
 
     def __enter__(self) -> None:
         self._mode = ctypes.c_int(_RELAXED)
@@ -64,6 +65,16 @@ class _Relaxed:
 
     def __exit__(self, *_: object) -> None:
         _cuda().cuThreadExchangeStreamCaptureMode(ctypes.byref(self._mode))
+
+
+def capture_id(stream: int) -> int:
+    """What tells the CUDA graph that `stream` is captured into from any other; 0 while nothing is captured."""
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    found = _cuda().cuStreamGetCaptureInfo_v2(
+        ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None
+    )
+    _check(found, "cuStreamGetCaptureInfo")
+    return number.value if status.value else 0
 
 
 def _on(device: int) -> AbstractContextManager[Any]:
@@ -165,7 +176,7 @@ class Kernel:
         self._cubin = cubin
         self._library, self._kernel = ctypes.c_void_p(), ctypes.c_void_p()
         nothing = (None, None, 0, None, None, 0)
-        with _Relaxed():
+        with Relaxed():
             _check(_cuda().cuLibraryLoadData(ctypes.byref(self._library), cubin, *nothing), "cuLibraryLoadData")
             entry = description["entry"].encode()
             _check(_cuda().cuLibraryGetKernel(ctypes.byref(self._kernel), self._library, entry), "cuLibraryGetKernel")
@@ -177,7 +188,7 @@ class Kernel:
         if device in self._ready:
             return
         function = ctypes.c_void_p()
-        with _on(device), _Relaxed():
+        with _on(device), Relaxed():
             _bind(device)
             status = _cuda().cuKernelSetAttribute(_MAX_DYNAMIC_SHARED, self.shared_bytes, self._kernel, device)
             _check(status, "cuKernelSetAttribute")

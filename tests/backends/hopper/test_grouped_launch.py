@@ -120,8 +120,8 @@ def test_specs_come_back_as_they_were_written() -> None:
         assert spec_from_dict(spec.to_dict()) == spec
     specs = [s for s in shipped_grouped() if isinstance(s, GroupedSpec)]
     assert len({s.name for s in specs}) == len(specs) == 4 * len(GROUPED_SHIPPED)
-    one, other = (GroupedSpec(GroupedConfig(choices=c), "f16", "f16") for c in ((128, 64), (128, 96)))
-    assert one.name == other.name
+    one, other = (GroupedSpec(GroupedConfig(share=s), "f16", "f16") for s in (6000, 0))
+    assert one.name != other.name
     assert one.key != other.key
 
 
@@ -131,9 +131,10 @@ def test_what_a_configuration_may_be() -> None:
         assert config.shared_bytes <= 227 * 1024
         assert config.consumer_registers * 128 * config.rows + 32 * 128 <= 65536
     for wrong, message in (
-        ({"widths": (8, 16)}, "widths: expected ascending ones that end with 128"),
-        ({"widths": (12, 128), "choices": (128,)}, "widths: expected multiples of 8"),
-        ({"choices": (120,)}, "choices: expected some of"),
+        ({"grain": 12}, "grain: expected a multiple of 8 that divides 128, got 12"),
+        ({"grain": 48}, "grain: expected a multiple of 8 that divides 128, got 48"),
+        ({"least": 0}, "least: expected 1 or more stages, got 0"),
+        ({"share": -1}, "share: expected 0 to 2\\^20, got -1"),
         ({"box": 48}, "box: expected a multiple of 8 that divides 128, got 48"),
         ({"steps": 3}, "steps: expected 1, 2 or 4, got 3"),
     ):

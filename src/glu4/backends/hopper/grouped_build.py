@@ -28,9 +28,11 @@ def arguments(config: GroupedConfig, x: str, out: str) -> tuple[Any, ...]:
     scales = [make_fake_tensor(cutlass.Float32, (size,), (1,), assumed_align=4) for size in (experts, experts, 1)]
     biases = [make_fake_tensor(cutlass.Float32, (experts, n), (cute.sym_int64(), 1), assumed_align=4) for _ in range(2)]
     result = make_fake_tensor(types[out], (m, n), (cute.sym_int64(), 1), assumed_align=2)
+    partials = make_fake_tensor(cutlass.Float32, (cute.sym_int(),), (1,), assumed_align=16)
+    ready = make_fake_tensor(cutlass.Int32, (cute.sym_int(),), (1,), assumed_align=4)
     constants = [cutlass.Float32(0.0) for _ in range(3)]
     kernel = GroupedGemm(config, types[x], types[out])
     return (
-        kernel, tokens, weights, offsets, *scales, *biases, cutlass.Int32(0), *constants, result, cutlass.Int32(1),
-        make_fake_stream(),
+        kernel, tokens, weights, offsets, *scales, *biases, cutlass.Int32(0), *constants, result, partials,
+        ready, cutlass.Int32(1), make_fake_stream(),
     )  # fmt: skip

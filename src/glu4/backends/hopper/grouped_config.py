@@ -11,6 +11,9 @@ from glu4.problem import GroupedProblem
 __all__ = ["GROUPED_SHIPPED", "MAX_EXPERTS", "GroupedConfig", "grouped_candidates", "grouped_legal"]
 
 MAX_EXPERTS = 512
+# in tokens of one step along K, measured on one H100 (docs/notebook-hopper.md, section 7)
+STEP_COST = 27  # of a step beside its products: decoding (as `config.cost` has it)
+FINISH_STEPS = 2  # what finishing a tile costs, in its steps
 PRODUCER_REGISTERS = 32
 _SHARED_BYTES = 227 * 1024
 _MAX_STAGES = 24
@@ -20,30 +23,33 @@ _MAX_STAGES = 24
 class GroupedConfig:
     """Tiles of up to `tokens` tokens by `rows` x 64 packed weight rows, a warpgroup for each 64.
 
-    widths   tokens that one product can take, ascending; an expert's tiles have the narrowest that holds its tokens
-    choices  the most tokens a tile may have: the kernel takes the one with the shortest predicted schedule
+    grain    products are as many tokens wide as a tile has, rounded up to a multiple of this
     box      tokens that one tensor copy fetches: fewer read less that no product needs, but take longer to issue
     steps    of 16 along K that are decoded, while the products of as many run, in one fragment of two
+    least    stages along K that a CTA computes at least of a tile that it shares with others
+    share    what leaving sums and collecting others' costs a CTA of one row group, in tokens of one stage along K: tiles are
+             shared where that gains more
     """
 
     tokens: int = 128
     rows: int = 3
     box: int = 32
-    widths: tuple[int, ...] = (8, 16, 32, 48, 64, 80, 96, 112, 128)
-    choices: tuple[int, ...] = (128, 112, 96, 80, 64)
+    grain: int = 8
     steps: int = 4
+    least: int = 4
+    share: int = 6000
 
     def __post_init__(self) -> None:
-        if tuple(sorted(self.widths)) != self.widths or self.widths[-1:] != (self.tokens,):
-            raise ValueError(f"widths: expected ascending ones that end with {self.tokens}, got {self.widths}")
-        if any(w < 8 or w % 8 for w in self.widths):
-            raise ValueError(f"widths: expected multiples of 8, got {self.widths}")
+        if self.grain < 8 or self.grain % 8 or self.tokens % self.grain:
+            raise ValueError(f"grain: expected a multiple of 8 that divides {self.tokens}, got {self.grain}")
         if self.box < 8 or self.box % 8 or self.tokens % self.box:
             raise ValueError(f"box: expected a multiple of 8 that divides {self.tokens}, got {self.box}")
-        if not self.choices or not set(self.choices) <= set(self.widths):
-            raise ValueError(f"choices: expected some of {self.widths}, got {self.choices}")
         if self.steps not in (1, 2, 4):
             raise ValueError(f"steps: expected 1, 2 or 4, got {self.steps}")
+        if self.least < 1:
+            raise ValueError(f"least: expected 1 or more stages, got {self.least}")
+        if not 0 <= self.share < 1 << 20:
+            raise ValueError(f"share: expected 0 to 2^20, got {self.share}")
 
     @property
     def tile(self) -> Config:
@@ -52,7 +58,13 @@ class GroupedConfig:
 
     @property
     def name(self) -> str:
-        return f"t{self.tokens}r{self.rows}d{self.steps}b{self.box}w{len(self.widths)}c{len(self.choices)}"
+        least = "" if (self.least, self.share) == (4, 6000) else f"l{self.least}s{self.share}"
+        return f"t{self.tokens}r{self.rows}d{self.steps}b{self.box}w{self.grain}{least}"
+
+    @property
+    def widths(self) -> range:
+        """Of products."""
+        return range(self.grain, self.tokens + 1, self.grain)
 
     @property
     def threads(self) -> int:
@@ -61,8 +73,8 @@ class GroupedConfig:
 
     @property
     def max_experts(self) -> int:
-        """The schedule is computed by one thread an expert."""
-        return min(MAX_EXPERTS, self.threads)
+        """The schedule is computed by one thread an expert, and what it needs lies beside the stages."""
+        return min(MAX_EXPERTS, self.threads) if self.tokens < 256 else 160
 
     @property
     def weight_bytes(self) -> int:
@@ -76,23 +88,22 @@ class GroupedConfig:
 
     @property
     def staged_tokens(self) -> int:
-        """Tokens whose outputs a warpgroup transposes at once."""
-        return 16 if self.tokens == 256 else min(32, self.tokens)
+        """Tokens whose outputs a warp transposes at once."""
+        return min(32, self.tokens)
 
     @property
     def staging_bytes(self) -> int:
         """Shared memory of outputs on their way, beside the stages, which the next tile fills meanwhile."""
-        return self.rows * self.staged_tokens * self.tile.staging_pitch(True)
+        return self.rows * 4 * self.staged_tokens * 16
 
     @property
     def notes(self) -> int:
         """Words that a warp leaves for the others while the schedule is computed."""
-        return max(len(self.widths) + 1, 2 * len(self.choices))
+        return max(len(self.widths) + 1, 2)
 
     @property
     def _beside_stages(self) -> int:
-        schedule = 2 * self.max_experts + 1 + self.threads // 32 * self.notes
-        return self.staging_bytes + 4 * schedule + 256
+        return self.staging_bytes + 4 * (4 * self.max_experts + 3 + 5) + 256
 
     @property
     def stages(self) -> int:
@@ -116,15 +127,10 @@ class GroupedConfig:
         return min(240, pool // (self.rows * WARPGROUP) // 8 * 8)
 
 
-_WIDE = (8, 16, 32, 64, 96, 128, 160, 192, 224, 256)
-# what the dispatch can choose, by the mean tokens of an expert up to which each is best (docs/notebook-hopper.md, section 7)
-_BY_MEAN = (
-    (8, GroupedConfig(16, 4, 16, (8, 16), (16,), 2)),
-    (96, GroupedConfig()),
-    (192, GroupedConfig(256, 2, 32, _WIDE, (256, 224, 192, 160, 128), 4)),
-    (1 << 31, GroupedConfig(rows=4, steps=2)),
-)
-GROUPED_SHIPPED = tuple(config for _, config in _BY_MEAN)
+_FEW = GroupedConfig(64, 4, 32, 8, 2)
+_MANY = GroupedConfig(128, 4, 32, 8, 2)
+_WIDE = GroupedConfig(256, 2, 32, 16, 4)
+GROUPED_SHIPPED = (_FEW, _MANY, _WIDE)
 
 
 def grouped_legal(config: GroupedConfig, problem: GroupedProblem) -> str | None:
@@ -146,6 +152,7 @@ def grouped_candidates(problem: GroupedProblem) -> Iterator[GroupedConfig]:
     The host knows the mean of an expert's tokens alone; tiles follow each expert's own count on the device.
     """
     mean = problem.rows / max(1, problem.experts)
-    place = next(i for i, (limit, _) in enumerate(_BY_MEAN) if mean <= limit)
-    order = sorted(range(len(_BY_MEAN)), key=lambda i: (abs(i - place), -i))
-    return (GROUPED_SHIPPED[i] for i in order if grouped_legal(GROUPED_SHIPPED[i], problem) is None)
+    order = (_FEW, _MANY, _WIDE) if mean <= 16 else (_MANY, _WIDE, _FEW)
+    if 96 < mean <= 192 and problem.experts <= 16:
+        order = (_WIDE, _MANY, _FEW)
+    return (config for config in order if grouped_legal(config, problem) is None)

@@ -2,16 +2,15 @@
 
 Built of the dense kernel's parts (`dual_gemm`). What is new:
 
-CTAs stay. Each goes through its share of all experts' tiles, and its producers run ahead across tiles, so that memory is busy
+CTAs stay. Each goes through its pieces of all experts' work, and its producers run ahead across pieces, so that memory is busy
 while a tile is finished.
 
 Tiles fit. An expert's tokens are divided evenly into as few tiles as may be, and each product is as wide as the tile asks for,
 in steps of `widths`: a wgmma takes time for every column of B, whether a token is there or not.
 
-The schedule follows from `offsets` alone, on the device: every CTA computes the same one (`Schedule`). Experts are sorted by
-the width of their tiles, widest first, and CTAs take turns at them in alternating order, so that who had a wide tile gets a
-narrow one next. Tiles of an expert lie row tile by row tile, the token tiles of one beside each other: weights come from DRAM
-once.
+Work fits. The schedule follows from `offsets` alone, on the device (`grouped_schedule`): whole tiles as long as many are left,
+then equal parts of what remains, cut along K too. Who begins a tile leaves float32 sums in `partials` and raises a flag in
+`ready`; who ends it adds them in a fixed order, from the end of K to its beginning, and puts the flag back.
 
 Rows beyond offsets[experts] are not written, and wrong offsets lead to no access outside x and out: each is clamped
 to [0, rows].
@@ -33,16 +32,24 @@ from cutlass.memory import SmemAllocator
 from glu4.backends.hopper.config import TILE_K, WARPGROUP
 from glu4.backends.hopper.dual_gemm import DualGemm
 from glu4.backends.hopper.grouped_config import PRODUCER_REGISTERS, GroupedConfig
-from glu4.backends.hopper.grouped_schedule import Schedule
-from glu4.backends.hopper.instructions import arrive_if, multiply_by_width
+from glu4.backends.hopper.grouped_schedule import PLAN_WORDS, Schedule
+from glu4.backends.hopper.instructions import (
+    arrive_if,
+    await_flag,
+    multiply_by_width,
+    raise_flag,
+    store_16_bytes,
+    store_transposed,
+)
 from glu4.backends.hopper.pack import UNIT_WORDS
 
-Int32, Uint32, Float32 = cutlass.Int32, cutlass.Uint32, cutlass.Float32
+Int32, Int64, Uint32, Float32 = cutlass.Int32, cutlass.Int64, cutlass.Uint32, cutlass.Float32
 
 
 class GroupedGemm(DualGemm):
     """Arguments at launch, besides the dense kernel's: weights int32 [experts, tiles, units, 576], offsets int32 [experts + 1],
-    gate_scale and up_scale float32 [experts], biases float32 [experts, n], and `ctas`, how many of them stay."""
+    gate_scale and up_scale float32 [experts], biases float32 [experts, n]; partials float32 [ctas, rows x 64 x tokens], ready
+    int32 [ctas, rows], zero before and after; and `ctas`, how many of them stay."""
 
     def __init__(self, config: GroupedConfig, x_type: Any, out_type: Any) -> None:
         super().__init__(config.tile, x_type, out_type, dual=True)
@@ -70,6 +77,8 @@ class GroupedGemm(DualGemm):
         beta: Float32,
         limit: Float32,
         out: cute.Tensor,
+        partials: cute.Tensor,
+        ready: cute.Tensor,
         ctas: Int32,
         stream: CUstream,
     ):
@@ -86,13 +95,15 @@ class GroupedGemm(DualGemm):
             weights: cute.struct.Align[cute.struct.MemRange[Uint32, g.stages * c.stage_units * c.rows * UNIT_WORDS], 128]
             staging: cute.struct.Align[cute.struct.MemRange[Uint32, g.staging_bytes // 4], 16]
             starts: cute.struct.MemRange[Int32, g.max_experts + 1]
+            costs: cute.struct.MemRange[Int32, g.max_experts + 1]
             order: cute.struct.MemRange[Int32, g.max_experts]
-            scratch: cute.struct.MemRange[Int32, g.threads // 32 * g.notes]
+            bounds: cute.struct.MemRange[Int32, g.max_experts + 1]
+            plan: cute.struct.MemRange[Int32, PLAN_WORDS]
 
         self.shared = Shared
         self.kernel(
             load_x, tokens, weights, offsets, gate_scale, up_scale, x_scale, gate_bias, up_bias, flags, alpha, beta, limit, out,
-            boxes,
+            partials, ready, boxes,
         ).launch(grid=(ctas, 1, 1), block=(g.threads, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
 
     @cute.kernel
@@ -112,6 +123,8 @@ class GroupedGemm(DualGemm):
         beta: Float32,
         limit: Float32,
         out: cute.Tensor,
+        partials: cute.Tensor,
+        ready: cute.Tensor,
         boxes: cute.ComposedLayout,
     ):
         g, c = self.grouped, self.config
@@ -138,35 +151,40 @@ class GroupedGemm(DualGemm):
 
         # ---- the schedule ----
         starts = shared.starts.get_tensor(cute.make_layout(g.max_experts + 1))
+        costs = shared.costs.get_tensor(cute.make_layout(g.max_experts + 1))
         order = shared.order.get_tensor(cute.make_layout(g.max_experts))
-        scratch = shared.scratch.get_tensor(cute.make_layout((g.notes, g.threads // 32)))
+        bounds = shared.bounds.get_tensor(cute.make_layout(g.max_experts + 1))
+        plan = shared.plan.get_tensor(cute.make_layout(PLAN_WORDS))
+        # notes of the warps lie where outputs will be staged
+        notes = cute.make_tensor(
+            cute.recast_ptr(shared.staging.data_ptr(), dtype=Int32), cute.make_layout((g.notes, g.threads // 32))
+        )
         # everything follows from the offsets, which the kernel before this one may write
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         rows, experts = x.shape[0], weights.shape[0]
         row_tiles = cute.ceil_div(out.shape[1], c.rows * 32)
-        ctas, _, _ = cute.arch.grid_dim()
-        self.schedule.compute(offsets, rows, row_tiles, ctas, starts, order, scratch, thread)
-        tiles = starts[experts] * row_tiles
-        rounds = cute.ceil_div(tiles, ctas)
         steps = (weights.shape[2] + c.stage_units - 1) // c.stage_units
+        self.schedule.compute(offsets, rows, starts, costs, order, bounds, notes, thread)
+        self.schedule.divide(starts, costs, order, plan, experts, row_tiles, steps, thread)
+        turns = self.schedule.turns(plan)
 
         if group == c.consumers:
             # ---- producers: weights, and tokens ----
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, g.stages)
             if warp == 4 * c.consumers:
-                for turn in cutlass.range(rounds, unroll=1):
-                    tile = self.schedule.tile(turn)
-                    if tile < tiles:
-                        at = self.schedule.locate(starts, order, offsets, rows, experts, row_tiles, tile)
+                for turn in cutlass.range(turns, unroll=1):
+                    tile, first_step, end_step = self.schedule.piece(plan, turn, steps)
+                    if first_step < end_step:
+                        at = self.schedule.locate(starts, order, bounds, experts, row_tiles, tile)
                         expert, row_tile, width = at[0], at[1], at[4]
                         own = cute.make_tensor(
                             weights[(expert, 0, 0, None)].iterator,
                             cute.make_layout(weights.shape[1:], stride=weights.stride[1:]),
                         )
                         expected = g.weight_bytes + c.stage_units * self.boxes(width) * g.box_bytes
-                        for k in cutlass.range(steps, unroll=1):
+                        for k in cutlass.range(first_step, end_step, unroll=1):
                             pipe.sync_object_empty.wait(state.index, state.phase)
                             with cute.arch.elect_one():
                                 cute.arch.mbarrier_arrive_and_expect_tx(pipe.producer_get_barrier(state), expected)
@@ -177,10 +195,10 @@ class GroupedGemm(DualGemm):
             for u in cutlass.range_constexpr(c.stage_units):
                 if warp == 4 * c.consumers + 1 + u:
                     s_boxes = shared.tokens.get_tensor(boxes.outer, swizzle=boxes.inner)
-                    for turn in cutlass.range(rounds, unroll=1):
-                        tile = self.schedule.tile(turn)
-                        if tile < tiles:
-                            at = self.schedule.locate(starts, order, offsets, rows, experts, row_tiles, tile)
+                    for turn in cutlass.range(turns, unroll=1):
+                        tile, first_step, end_step = self.schedule.piece(plan, turn, steps)
+                        if first_step < end_step:
+                            at = self.schedule.locate(starts, order, bounds, experts, row_tiles, tile)
                             first, width = at[2], at[4]
                             g_tokens = cute.local_tile(cute.domain_offset((first, 0), x), (g.box, TILE_K), (None, None))
                             to_shared, from_global = cpasync.tma_partition(
@@ -188,7 +206,7 @@ class GroupedGemm(DualGemm):
                                 cute.group_modes(g_tokens, 0, 2),
                             )  # fmt: skip
                             count = self.boxes(width)
-                            for k in cutlass.range(steps, unroll=1):
+                            for k in cutlass.range(first_step, end_step, unroll=1):
                                 pipe.sync_object_empty.wait(state.index, state.phase)
                                 self.load_boxes(load_x, from_global, to_shared, pipe, state, k, u, count)
                                 state.advance()
@@ -197,21 +215,26 @@ class GroupedGemm(DualGemm):
             cute.arch.setmaxregister_increase(g.consumer_registers)
             lane = thread % WARPGROUP
             tokens = shared.tokens.data_ptr().toint()
-            staging = shared.staging.data_ptr().toint()
+            staging = shared.staging.data_ptr().toint() + (thread // 32) * g.staged_tokens * 16
+            cta, _, _ = cute.arch.block_idx()
             stage, phase = Int32(0), Int32(0)
-            for turn in cutlass.range(rounds, unroll=1):
-                tile = self.schedule.tile(turn)
-                if tile < tiles:
-                    at = self.schedule.locate(starts, order, offsets, rows, experts, row_tiles, tile)
-                    expert, row_tile, first, end, width = at
-                    own_out = cute.make_tensor(out.iterator, cute.make_layout((end, out.shape[1]), stride=out.stride))
-                    own_gate = cute.make_tensor(gate_bias[(expert, None)].iterator, cute.make_layout(out.shape[1]))
-                    own_up = cute.make_tensor(up_bias[(expert, None)].iterator, cute.make_layout(out.shape[1]))
-                    row = row_tile * c.rows + group
+            for turn in cutlass.range(turns, unroll=1):
+                tile, first_step, end_step = self.schedule.piece(plan, turn, steps)
+                if first_step < end_step:
+                    at = self.schedule.locate(starts, order, bounds, experts, row_tiles, tile)
+                    width = at[4]
+                    # the rest is not needed before the products are done, and registers are few
+                    note = cute.make_tensor(
+                        cute.make_ptr(Int32, staging, cute.AddressSpace.smem, assumed_align=16), cute.make_layout(4)
+                    )
+                    cute.arch.sync_warp()  # all lanes have read what was staged before
+                    if lane % 32 == 0:
+                        for i in cutlass.range_constexpr(4):
+                            note[i] = at[i]
                     sums = cute.make_rmem_tensor((c.tokens // 2,), Float32)
                     sums.fill(0.0)
                     before = stage
-                    for k in cutlass.range(steps, unroll=1):
+                    for k in cutlass.range(end_step - first_step, unroll=1):
                         self.multiply_stage(width, pipe, s_weights, tokens, stage, phase, before, k > 0, group, lane, sums)
                         before = stage
                         stage += 1
@@ -220,12 +243,29 @@ class GroupedGemm(DualGemm):
                             phase ^= 1
                     warpgroup.wait_group(0)
                     self.release(pipe, before, lane)
-                    gate_factors = self.scales(gate_scale[expert], x_scale, flags)
-                    up_factors = self.scales(up_scale[expert], x_scale, flags)
-                    self.finish(
-                        width, sums, gate_factors, up_factors, own_gate, own_up, flags, alpha, beta, limit, own_out, staging,
-                        first, row, group, lane,
-                    )  # fmt: skip
+                    if end_step < steps:
+                        self.leave(sums, partials, ready, cta, width, group, lane)
+                    else:
+                        tile, first_step, _ = self.schedule.piece(plan, turn, steps)
+                        part, open_steps = cta, first_step
+                        while open_steps > 0:
+                            part -= 1
+                            its_tile, its_step = self.schedule.cut(starts, costs, order, experts, row_tiles, steps, part)
+                            its_step = its_step if its_tile == tile else Int32(0)
+                            if its_step < open_steps:  # its piece is not empty
+                                self.collect(sums, partials, ready, part, width, group, lane)
+                            open_steps = its_step
+                        cute.arch.sync_warp()
+                        expert, row_tile, first, end = note[0], note[1], note[2], note[3]
+                        own_out = cute.make_tensor(out.iterator, cute.make_layout((end, out.shape[1]), stride=out.stride))
+                        own_gate = cute.make_tensor(gate_bias[(expert, None)].iterator, cute.make_layout(out.shape[1]))
+                        own_up = cute.make_tensor(up_bias[(expert, None)].iterator, cute.make_layout(out.shape[1]))
+                        gate_factors = self.scales(gate_scale[expert], x_scale, flags)
+                        up_factors = self.scales(up_scale[expert], x_scale, flags)
+                        self.finish(
+                            width, sums, gate_factors, up_factors, own_gate, own_up, flags, alpha, beta, limit, own_out,
+                            staging, first, row_tile * c.rows + group, lane,
+                        )  # fmt: skip
 
     # ---- main loop ----
 
@@ -276,21 +316,86 @@ class GroupedGemm(DualGemm):
                 source = from_global[(None, i, k * c.stage_units + unit)]
                 cute.copy(load_x, source, to_shared[(None, first + i)], tma_bar_ptr=barrier)
 
+    # ---- sums of a tile that several CTAs share ----
+
+    @cute.jit
+    def place(self, partials, part, row, lane):
+        """Address of a thread's first four sums of CTA `part`; the next lie after those of all threads."""
+        c = self.config
+        return partials.iterator.toint() + (part * c.rows + row).to(Int64) * (256 * c.tokens) + lane * 16
+
+    @cute.jit
+    def leave(self, sums, partials, ready, cta, width, row, lane):
+        """One warpgroup's sums for another CTA."""
+        c = self.config
+        address = self.place(partials, cta, row, lane)
+        words = cute.recast_tensor(sums, Uint32)
+        at_once = cutlass.const_expr(min(c.tokens, 64 if c.rows == 2 else 32))  # as `collect` reads them
+        for token in cutlass.range_constexpr(0, c.tokens, at_once):
+            if token < width:
+                for i in cutlass.range_constexpr(token // 2, (token + at_once) // 2, 4):
+                    store_16_bytes(address + i * (WARPGROUP * 4), [words[i + e] for e in range(4)])
+        cute.arch.barrier(barrier_id=2 + row, number_of_threads=WARPGROUP)
+        if lane == 0:
+            raise_flag(ready.iterator.toint() + (cta * c.rows + row) * 4)
+
+    @cute.jit
+    def collect(self, sums, partials, ready, part, width, row, lane):
+        """Add what CTA `part` left."""
+        c = self.config
+        await_flag(ready.iterator.toint() + (part * c.rows + row) * 4)
+        cute.arch.barrier(barrier_id=2 + row, number_of_threads=WARPGROUP)
+        if lane == 0:
+            ready[part * c.rows + row] = 0  # for the next launch
+        address = self.place(partials, part, row, lane)
+        at_once = cutlass.const_expr(min(c.tokens, 64 if c.rows == 2 else 32))  # as many loads as registers are free
+        for token in cutlass.range_constexpr(0, c.tokens, at_once):
+            if token < width:
+                theirs = cute.make_rmem_tensor((at_once // 2,), Float32)
+                for i in cutlass.range_constexpr(0, at_once // 2, 4):
+                    start = address + (token // 2 + i) * (WARPGROUP * 4)
+                    there = cute.make_ptr(Float32, start, cute.AddressSpace.gmem, assumed_align=16)
+                    cute.autovec_copy(
+                        cute.make_tensor(there, cute.make_layout(4)),
+                        cute.make_tensor(theirs.iterator + i, cute.make_layout(4)),
+                    )
+                for i in cutlass.range_constexpr(at_once // 2):
+                    sums[token // 2 + i] = sums[token // 2 + i] + theirs[i]
+
     # ---- epilogue ----
 
     @cute.jit
     def finish(
         self, width, sums, gate_factors, up_factors, gate_bias, up_bias, flags, alpha, beta, limit, out, staging, first, row,
-        group, lane,
+        lane,
     ):  # fmt: skip
-        """Outputs of one warpgroup's tile, a few tokens at a time."""
+        """Outputs of one warpgroup's tile, a few tokens at a time, each warp for itself: its 16 packed rows are 8 outputs,
+        which are 16 bytes of a token."""
         staged = cutlass.const_expr(self.grouped.staged_tokens)
+        in_warp = lane % 32
+        tokens, n = out.shape
+        column = row * 32 + lane // 32 * 8
+        start = out.iterator.toint()
+        aligned = (((start | (Int64(out.stride[0]) * 2)) & 15) == 0) & (column + 8 <= n)
         for token in cutlass.range_constexpr(0, self.config.tokens, staged):
             if token < width:
                 values = self.epilogue(
-                    sums, gate_factors, up_factors, gate_bias, up_bias, flags, alpha, beta, limit, out.shape[1], row, lane,
+                    sums, gate_factors, up_factors, gate_bias, up_bias, flags, alpha, beta, limit, n, row, lane,
                     token // 8, staged // 8,
                 )  # fmt: skip
-                # the warpgroup has read what it staged before
-                cute.arch.barrier(barrier_id=2 + group, number_of_threads=WARPGROUP)
-                self.store(values, out, staging, group, first + token, row, lane, staged)
+                words = cute.recast_tensor(values, Uint32)
+                cute.arch.sync_warp()  # all lanes have read what was staged before
+                store_transposed(staging + in_warp % staged * 16, *[words[i] for i in range(staged // 8)])
+                cute.arch.sync_warp()
+                at = first + token + in_warp
+                if (in_warp < staged) & (at < tokens) & (column < n):
+                    there = cute.make_ptr(Uint32, staging + in_warp * 16, cute.AddressSpace.smem, assumed_align=16)
+                    four = cute.make_rmem_tensor((4,), Uint32)
+                    cute.autovec_copy(cute.make_tensor(there, cute.make_layout(4)), four)
+                    if aligned:
+                        store_16_bytes(start + (Int64(at) * Int64(out.stride[0]) + column) * 2, four)
+                    else:
+                        elements = cute.recast_tensor(four, self.out_type)
+                        for e in cutlass.range_constexpr(8):
+                            if column + e < n:
+                                out[at, column + e] = elements[e]

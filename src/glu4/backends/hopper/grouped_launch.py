@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from glu4.activation import Activation
-from glu4.backends.hopper import tokens
+from glu4.backends.hopper import flags, tokens
 from glu4.backends.hopper.config import TILE_K
 from glu4.backends.hopper.grouped_config import GROUPED_SHIPPED, GroupedConfig, grouped_candidates
 from glu4.backends.hopper.launch import float32
@@ -25,8 +25,8 @@ __all__ = ["available", "forget", "grouped", "grouped_kernel", "load", "submit"]
 _C = torch._C
 _X_SCALE, _GATE_BIAS, _UP_BIAS, _IDENTITY = 1, 2, 4, 8
 # parameters after the tensor map: rows, k; weights [experts, tiles, units]; offsets; gate's and up's scales; x's scale; biases
-# [experts, n]; flags; alpha, beta, limit; out [rows, n]
-_PARAMETERS = ("ii", "Qiii4xqq", "Qi4x", "Qi4x", "Qi4x", "Q", "Qiiq", "Qiiq", "i", "f", "f", "f", "Qiiq")
+# [experts, n]; flags; alpha, beta, limit; out [rows, n]; partial sums; their flags
+_PARAMETERS = ("ii", "Qiii4xqq", "Qi4x", "Qi4x", "Qi4x", "Q", "Qiiq", "Qiiq", "i", "f", "f", "f", "Qiiq", "Qi4x", "Qi4x")
 
 
 @cache
@@ -64,6 +64,7 @@ def load(index: int) -> None:
     for kernel in (*kernels, tokens.decoder()):
         if kernel is not None:
             kernel.load(index)
+    flags.reserve(index)
 
 
 def forget() -> None:
@@ -73,6 +74,7 @@ def forget() -> None:
 
 def submit(
     kernel: Kernel,
+    config: GroupedConfig,
     index: int,
     x: Tensor,
     packed: Tensor,
@@ -83,7 +85,7 @@ def submit(
     activation: Activation,
     out: Tensor,
 ) -> None:
-    """One launch on device `index`, in its current stream.
+    """One launch of the kernel of `config` on device `index`, in its current stream.
 
     x        `[rows, K]` in 16 bits, of which the rows before the last offset are read
     packed   int32 `[E, tiles, units, 576]`, followed by one spare unit
@@ -97,24 +99,28 @@ def submit(
     source = tokens.source(x)
     assert source.matrix is not None
     gate, up = scales[0].data_ptr(), scales[1].data_ptr()
-    flags = _IDENTITY if activation.kind == "identity" else 0
+    said = _IDENTITY if activation.kind == "identity" else 0
     x_scale_address = gate_bias = up_bias = gate  # addresses that are not read
     if x_scale is not None:
-        flags |= _X_SCALE
+        said |= _X_SCALE
         x_scale_address = x_scale.data_ptr()
     if biases[0] is not None:
-        flags |= _GATE_BIAS
+        said |= _GATE_BIAS
         gate_bias = biases[0].data_ptr()
     if biases[1] is not None:
-        flags |= _UP_BIAS
+        said |= _UP_BIAS
         up_bias = biases[1].data_ptr()
+    ctas, stream = _processors(index), _C._cuda_getCurrentRawStream(index)
+    partials = torch.empty(ctas * config.rows * 64 * config.tokens, dtype=torch.float32, device=out.device)
+    ready = ctas * config.rows
+    assert ready <= flags.FLAGS
     params = (
         *source.params, packed.data_ptr(), experts, tiles, units, tiles * units * UNIT_WORDS, units * UNIT_WORDS,
         offsets.data_ptr(), experts + 1, gate, experts, up, experts, x_scale_address, gate_bias, experts, n, n, up_bias,
-        experts, n, n, flags, activation.alpha, activation.beta, activation.limit, out.data_ptr(), rows, n, out.stride(0),
+        experts, n, n, said, activation.alpha, activation.beta, activation.limit, out.data_ptr(), rows, n, out.stride(0),
+        partials.data_ptr(), partials.numel(), flags.take(index, stream), ready,
     )  # fmt: skip
-    grid = (_processors(index), 1, 1)
-    kernel.launch(index, _C._cuda_getCurrentRawStream(index), grid, source.matrix, params)
+    kernel.launch(index, stream, (ctas, 1, 1), source.matrix, params)
 
 
 def grouped(
@@ -142,13 +148,13 @@ def grouped(
     index = out.get_device()
     x_format = "nvfp4" if isinstance(x, NVFP4Tensor) else x.dtype
     configs = grouped_candidates(problem) if config is None else iter((config,))
-    found = (grouped_kernel(_spec(c, x_format, out.dtype)) for c in configs)
-    kernel = next((k for k in found if k is not None), None)
-    if kernel is None:
+    found = ((grouped_kernel(_spec(c, x_format, out.dtype)), c) for c in configs)
+    kernel, chosen = next(((k, c) for k, c in found if k is not None), (None, None))
+    if kernel is None or chosen is None:
         raise UnsupportedError("no compiled Hopper kernel for this problem; run glu4 compile")
     x_scale = x.global_scale if isinstance(x, NVFP4Tensor) else None
     decoded = tokens.prepared(x, False, index)
     assert isinstance(decoded, Tensor)
     float_scales = (scales[0].contiguous(), scales[1].contiguous())
     floats = (float32(biases[0]), float32(biases[1]))
-    submit(kernel, index, decoded, packed, offsets.contiguous(), float_scales, x_scale, floats, activation, out)
+    submit(kernel, chosen, index, decoded, packed, offsets.contiguous(), float_scales, x_scale, floats, activation, out)

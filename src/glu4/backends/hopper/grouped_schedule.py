@@ -1,4 +1,10 @@
-"""Which tile a CTA of the grouped kernel computes next: the same answer in every CTA, from `offsets` alone. Device code.
+"""What each CTA of the grouped kernel computes: the same answer in every CTA, from `offsets` alone. Device code.
+
+Tiles of an expert lie row tile by row tile, the token tiles of one beside each other, and experts by the width of their tiles,
+widest first. As long as more than two rounds of tiles are left, every CTA takes a whole one. The rest is one line of work, cut
+into equal parts wherever a cut falls: a tile that several CTAs share is finished by the last of them, which adds the others'
+sums in a fixed order. A CTA begins with the piece that another finishes, so that sums lie ready when they are asked for. Where
+whole tiles would take hardly longer, there are rounds of them to the end.
 
 A twin in plain Python, `tests/grouped_twin.py`, says what the schedule is.
 """
@@ -8,160 +14,277 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 
-from glu4.backends.hopper.grouped_config import MAX_EXPERTS, GroupedConfig
+from glu4.backends.hopper.grouped_config import FINISH_STEPS, STEP_COST, GroupedConfig
 
-Int32, Float32 = cutlass.Int32, cutlass.Float32
+Int32, Uint32 = cutlass.Int32, cutlass.Uint32
 
-_SEARCH_STEPS = MAX_EXPERTS.bit_length() - 1
-# what a tile costs beside its products, in tokens: decoding (as `config.cost` has it), starting, SiLU and stores
-TILE_COST = 40.0
+_WARP, _BLOCK = 32, 16  # experts looked at in one step of a search: each 16th, then 16
+_SUMS = 1  # barrier of the warps that have experts
+# words of `plan`: rounds of whole tiles; where this CTA's part of the rest begins and ends: tile, step; tiles
+PLAN_WORDS = 6
 
 
 class Schedule:
-    """Device functions; `config` says which widths there are."""
+    """Device functions on five arrays in shared memory, int32: `starts` and `costs` [experts + 1], the token tiles, and their
+    cost, of all experts before each in the order of work; `order` [experts], expert + width * 2^16 in that order; `bounds`
+    [experts + 1], the offsets, clamped; `plan`."""
 
     def __init__(self, config: GroupedConfig) -> None:
         self.config = config
-        self.warps = config.threads // 32
-        self.expert_warps = config.max_experts // 32
+
+    @cute.jit
+    def compute(self, offsets, rows, starts, costs, order, bounds, scratch, thread):
+        """Fill the arrays but for `plan`; one thread an expert. `scratch`: [notes, warps] words."""
+        lane, warp = thread % _WARP, cute.arch.make_warp_uniform(thread // _WARP)
+        experts = offsets.shape[0] - 1
+        warps = (experts + (_WARP - 1)) // _WARP
+        if warp < warps:
+            there = thread < experts
+            begin, count = Int32(0), Int32(0)
+            if there:
+                begin = self.clamped(offsets[thread], rows)
+                end = self.clamped(offsets[thread + 1], rows)
+                count = cutlass.max(end - begin, 0)
+                bounds[thread] = begin
+                if thread == experts - 1:
+                    bounds[experts] = end
+            most = cutlass.const_expr(self.config.tokens)
+            tiles = (count + (most - 1)) // most
+            # of a tile's products: its tokens, shared out in grains
+            grain = cutlass.const_expr(self.config.grain)
+            each = Uint32(cutlass.max(tiles * grain, 1))
+            place = Int32((Uint32(count) + (each - 1)) // each)
+            width = place * grain
+            rank = self.rank(place, there, scratch, lane, warp, warps)
+            if there:
+                order[rank] = thread | (width << 16)
+                starts[rank + 1] = tiles
+            cute.arch.barrier(barrier_id=_SUMS, number_of_threads=warps * _WARP)
+            tiles, cost = Int32(0), Int32(0)
+            if there:
+                tiles = starts[thread + 1]
+                cost = tiles * ((order[thread] >> 16) + STEP_COST)
+            for i in cutlass.range_constexpr(5):
+                tiles_below = cute.arch.shuffle_sync_up(tiles, 1 << i, mask_and_clamp=0)
+                cost_below = cute.arch.shuffle_sync_up(cost, 1 << i, mask_and_clamp=0)
+                tiles = tiles + tiles_below if lane >= (1 << i) else tiles
+                cost = cost + cost_below if lane >= (1 << i) else cost
+            if warps > 1:
+                if lane == _WARP - 1:
+                    scratch[0, warp] = tiles
+                    scratch[1, warp] = cost
+                cute.arch.barrier(barrier_id=_SUMS, number_of_threads=warps * _WARP)
+                tiles_before, cost_before = Int32(0), Int32(0)
+                if lane < warp:
+                    tiles_before = scratch[0, lane]
+                    cost_before = scratch[1, lane]
+                tiles = tiles + cute.arch.warp_redux_sync(tiles_before, kind="add")
+                cost = cost + cute.arch.warp_redux_sync(cost_before, kind="add")
+            if there:
+                starts[thread + 1] = tiles
+                costs[thread + 1] = cost
+            if thread == 0:
+                starts[0] = 0
+                costs[0] = 0
+        cute.arch.sync_threads()
 
     @cute.jit
     def clamped(self, offset, rows):
         return cutlass.min(cutlass.max(offset, 0), rows)
 
     @cute.jit
-    def count(self, offsets, rows, expert):
-        """An expert's tokens."""
-        return cutlass.max(self.clamped(offsets[expert + 1], rows) - self.clamped(offsets[expert], rows), 0)
-
-    @cute.jit
-    def width(self, count, tiles):
-        """(the narrowest width that holds an even share of `count` tokens, its place among the widths from 1, 0 for none)."""
-        share = (count + tiles - 1) // cutlass.max(tiles, 1)
-        width, place = Int32(0), Int32(0)
-        for v in cutlass.range_constexpr(len(self.config.widths)):
-            below = Int32(self.config.widths[v - 1]) if cutlass.const_expr(v > 0) else Int32(0)
-            wide = share > below
-            width = Int32(self.config.widths[v]) if wide else width
-            place = Int32(v + 1) if wide else place
-        return width, place
-
-    @cute.jit
-    def compute(self, offsets, rows, row_tiles, ctas, starts, order, scratch, thread):
-        """Fill `order`, the experts by width, widest first and in order of index among equals, and `starts`: the token tiles of
-        all before each of these, and last of all. One thread an expert."""
-        lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
-        experts = offsets.shape[0] - 1
-        count = Int32(0)
-        if thread < experts:
-            count = self.count(offsets, rows, thread)
-        most = self.most_tokens(count, row_tiles, ctas, scratch, lane, warp)
-        tiles = (count + most - 1) // most
-        _, place = self.width(count, tiles)
-        rank = self.rank(place, thread < experts, scratch, lane, warp)
-        if thread < experts:
-            order[rank] = thread
-            starts[rank + 1] = tiles
-        cute.arch.sync_threads()
-        # token tiles of all experts up to each
-        total = Int32(0)
-        if thread < experts:
-            total = starts[thread + 1]
-        for i in cutlass.range_constexpr(5):
-            below = cute.arch.shuffle_sync_up(total, 1 << i, mask_and_clamp=0)
-            total = total + below if lane >= (1 << i) else total
-        if lane == 31:
-            scratch[0, warp] = total
-        cute.arch.sync_threads()
-        for w in cutlass.range_constexpr(self.warps):
-            total = total + scratch[0, w] if w < warp else total
-        if thread < experts:
-            starts[thread + 1] = total
-        if thread == 0:
-            starts[0] = 0
-        cute.arch.sync_threads()
-
-    @cute.jit
-    def most_tokens(self, count, row_tiles, ctas, scratch, lane, warp):
-        """The choice with the shortest predicted schedule: rounds of tiles times the mean tile."""
-        choices = self.config.choices
-        for i in cutlass.range_constexpr(len(choices)):
-            tiles = (count + (choices[i] - 1)) // choices[i]
-            width, _ = self.width(count, tiles)
-            scratch[2 * i, warp] = cute.arch.warp_redux_sync(tiles, kind="add")
-            scratch[2 * i + 1, warp] = cute.arch.warp_redux_sync(tiles * width, kind="add")
-        cute.arch.sync_threads()
-        best, least = Int32(choices[0]), Float32(0.0)
-        for i in cutlass.range_constexpr(len(choices)):
-            all_tiles, all_tokens = self.total(scratch, 2 * i, lane), self.total(scratch, 2 * i + 1, lane)
-            rounds = (all_tiles * row_tiles + ctas - 1) // ctas
-            cost = Float32(rounds) * (Float32(all_tokens) / Float32(cutlass.max(all_tiles, 1)) + TILE_COST)
-            if cutlass.const_expr(i == 0):
-                least = cost
-            else:
-                better = cost < least
-                best, least = Int32(choices[i]) if better else best, cost if better else least
-        cute.arch.sync_threads()
-        return best
-
-    @cute.jit
-    def total(self, scratch, item, lane):
-        """The sum of what every warp with experts left under `item`."""
-        mine = Int32(0)
-        if lane < self.expert_warps:
-            mine = scratch[item, lane]
-        return cute.arch.warp_redux_sync(mine, kind="add")
-
-    @cute.jit
-    def rank(self, place, there, scratch, lane, warp):
+    def rank(self, place, there, scratch, lane, warp, warps):
         """How many experts come before this one: those with a wider tile, then those of the same width and a lower index."""
         places = cutlass.const_expr(len(self.config.widths) + 1)
-        before = Int32(0)  # in this warp
-        for p in cutlass.range_constexpr(places):
-            mask = cute.arch.vote_ballot_sync((place == p) & there)
-            inside = Int32(cute.arch.popc(mask & Int32(cute.arch.lanemask_lt())))
-            before = inside if place == p else before
-            scratch[p, warp] = Int32(cute.arch.popc(mask))
-        cute.arch.sync_threads()
-        # lane p: experts of width p in warps before this one, and in all
-        earlier, wider = Int32(0), Int32(0)
-        if lane < places:
-            for w in cutlass.range_constexpr(self.expert_warps):
-                there_are = scratch[lane, w]
-                wider = wider + there_are
-                earlier = earlier + there_are if w < warp else earlier
-        # of width p and wider, then wider alone
-        own = wider
-        for i in cutlass.range_constexpr(4):
-            above = cute.arch.shuffle_sync_down(wider, 1 << i)
-            wider = wider + above if lane + (1 << i) < 32 else wider
-        first = wider - own + earlier
-        cute.arch.sync_threads()
-        return before + cute.arch.shuffle_sync(first, place)
+        # lanes with a wider tile, with one as wide: bit by bit
+        wider, same = Int32(0), Int32(cute.arch.vote_ballot_sync(there))
+        for bit in cutlass.range_constexpr((places - 1).bit_length() - 1, -1, -1):
+            mine = (place >> bit) & 1
+            mask = Int32(cute.arch.vote_ballot_sync((mine == 1) & there))
+            wider = wider if mine == 1 else wider | (same & mask)
+            same = same & mask if mine == 1 else same & ~mask
+        before = Int32(cute.arch.popc(same & Int32(cute.arch.lanemask_lt())))
+        rank = before + Int32(cute.arch.popc(wider))
+        if warps > 1:
+            for p in cutlass.range_constexpr(places):
+                scratch[p, warp] = Int32(cute.arch.popc(cute.arch.vote_ballot_sync((place == p) & there)))
+            cute.arch.barrier(barrier_id=_SUMS, number_of_threads=warps * _WARP)
+            # lane p: experts of width p in warps before this one, and in all
+            earlier, own = Int32(0), Int32(0)
+            if lane < places:
+                for w in cutlass.range(warps, unroll=4):
+                    there_are = scratch[lane, w]
+                    own = own + there_are
+                    earlier = earlier + there_are if w < warp else earlier
+            # of width p and wider, then wider alone
+            wider = own
+            for i in cutlass.range_constexpr(4):
+                above = cute.arch.shuffle_sync_down(wider, 1 << i)
+                wider = wider + above if lane + (1 << i) < _WARP else wider
+            first = wider - own + earlier
+            # the notes are free for others once all have read them
+            cute.arch.barrier(barrier_id=_SUMS, number_of_threads=warps * _WARP)
+            rank = before + cute.arch.shuffle_sync(first, place)
+        return rank
+
+    # ---- who does what ----
 
     @cute.jit
-    def tile(self, turn):
-        """This CTA's tile in a round: from the first CTA to the last in even ones, from the last to the first in odd ones."""
+    def divide(self, starts, costs, order, plan, experts, row_tiles, steps, thread):
+        """Fill `plan`."""
         cta, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
-        place = ctas - 1 - cta if turn % 2 == 1 else cta
-        return turn * ctas + place
+        warp = cute.arch.make_warp_uniform(thread // _WARP)
+        if warp < 2:
+            tiles = starts[experts] * row_tiles
+            kept, from_tile, _, shared = self.rest(starts, costs, order, experts, row_tiles, ctas)
+            tile, step, rounds = tiles, Int32(0), kept
+            if self.worth_it(starts, order, experts, row_tiles, steps, ctas, from_tile, shared):
+                tile, step = self.cut(starts, costs, order, experts, row_tiles, steps, cta + warp)
+            else:
+                rounds = (tiles + (ctas - 1)) // ctas
+            if thread % _WARP == 0:
+                plan[1 + 2 * warp] = tile
+                plan[2 + 2 * warp] = step
+            if thread == 0:
+                plan[0] = rounds
+                plan[5] = tiles
+        cute.arch.sync_threads()
 
     @cute.jit
-    def locate(self, starts, order, offsets, rows, experts, row_tiles, tile):
+    def cost(self, order, place):
+        """Of a step along K of a tile, in tokens."""
+        return (order[place] >> 16) + STEP_COST
+
+    @cute.jit
+    def rest(self, starts, costs, order, experts, row_tiles, ctas):
+        """(full rounds before the work that can be shared, all but two; its first tile; the cost of all before, of all in it).
+
+        A cost is of one step along K of all tiles, and relative: what lies before may be too much for 32 bits.
+        """
+        tiles = starts[experts] * row_tiles
+        kept, origin = Int32(0), Int32(0)
+        if tiles > 2 * ctas:
+            kept = Int32(Uint32(tiles + (ctas - 1)) // Uint32(ctas)) - 2
+            at = self.search(starts, row_tiles, kept * ctas, experts)
+            origin = costs[at] * row_tiles + (kept * ctas - starts[at] * row_tiles) * self.cost(order, at)
+        return kept, kept * ctas, origin, costs[experts] * row_tiles - origin
+
+    @cute.jit
+    def worth_it(self, starts, order, experts, row_tiles, steps, ctas, from_tile, shared):
+        """Whether the widest and the narrowest of the last two rounds, or the one of the last round, take longer than an equal
+        part of the work and the exchange of sums."""
+        tiles = starts[experts] * row_tiles
+        whole = Int32(0)
+        if tiles > 0:
+            whole = self.cost(order, self.search(starts, row_tiles, from_tile, experts))
+            if tiles - from_tile > ctas:
+                whole += self.cost(order, self.search(starts, row_tiles, tiles - 1, experts))
+        exchange = cutlass.const_expr(self.config.share // self.config.rows)
+        return (whole * ctas - shared) * steps > exchange * ctas
+
+    @cute.jit
+    def cut(self, starts, costs, order, experts, row_tiles, steps, number):
+        """(tile, step) at which part `number` of the shared work begins; past the last part the end. By a whole warp."""
+        ctas, _, _ = cute.arch.grid_dim()
+        tiles = starts[experts] * row_tiles
+        _, from_tile, origin, shared = self.rest(starts, costs, order, experts, row_tiles, ctas)
+        # a short piece costs more than it saves
+        least = cutlass.const_expr(self.config.least)
+        parts = cutlass.min(ctas, cutlass.max((tiles - from_tile) * steps // least, 1))
+        place = shared * number
+        low = self.search_cost(starts, costs, row_tiles, from_tile, origin, parts, place, experts)
+        begin = starts[low] * row_tiles
+        each = Uint32(self.cost(order, low) * parts)
+        passed = cutlass.max(costs[low] * row_tiles - origin, 0) if begin >= from_tile else Int32(0)
+        left = Uint32(place - passed * parts)
+        tile = left // each
+        # finishing a tile counts as steps at its end
+        step = Int32((left - tile * each) * Uint32(steps + FINISH_STEPS) // each)
+        tile = Int32(tile) + cutlass.max(begin, from_tile)
+        late = step > cutlass.max(steps - least, steps // 2)
+        tile = tile + 1 if late else tile
+        step = Int32(0) if late | (step < least) else step
+        over = (number >= parts) | (tile >= tiles)
+        return tiles if over else tile, Int32(0) if over else step
+
+    @cute.jit
+    def search(self, starts, row_tiles, tile, experts):
+        """The last expert, in the order of work, whose tiles begin at `tile` or before."""
+        at = Int32(Uint32(tile) // Uint32(row_tiles))
+        lane = cute.arch.lane_idx()
+        block = Int32(0)
+        for half in cutlass.range_constexpr(2):
+            index = lane * _BLOCK if cutlass.const_expr(half == 0) else block + lane % _BLOCK
+            begins = Int32(0)
+            if index < experts:
+                begins = Int32(1) if starts[index] <= at else Int32(0)
+            mask = cute.arch.vote_ballot_sync(begins == 1)
+            if cutlass.const_expr(half == 0):
+                block = (Int32(cute.arch.popc(mask)) - 1) * _BLOCK
+            else:
+                block += Int32(cute.arch.popc(mask & Int32(0xFFFF))) - 1
+        return block
+
+    @cute.jit
+    def search_cost(self, starts, costs, row_tiles, from_tile, origin, parts, place, experts):
+        """The last expert whose part of the shared work begins at `place` (cost times parts) or before."""
+        lane = cute.arch.lane_idx()
+        block = Int32(0)
+        for half in cutlass.range_constexpr(2):
+            index = lane * _BLOCK if cutlass.const_expr(half == 0) else block + lane % _BLOCK
+            begins = Int32(0)
+            if index < experts:
+                early = starts[index] * row_tiles <= from_tile
+                early = early | ((costs[index] * row_tiles - origin) * parts <= place)
+                # those without tiles come last, and begin where all ends
+                early = early & (starts[index] < starts[experts])
+                begins = Int32(1) if early else Int32(0)
+            mask = cute.arch.vote_ballot_sync(begins == 1)
+            if cutlass.const_expr(half == 0):
+                block = (cutlass.max(Int32(cute.arch.popc(mask)), 1) - 1) * _BLOCK
+            else:
+                block += cutlass.max(Int32(cute.arch.popc(mask & Int32(0xFFFF))), 1) - 1
+        return block
+
+    @cute.jit
+    def turns(self, plan):
+        """Pieces of this CTA, the first of which may be empty."""
+        return 1 + plan[0] + plan[3] - plan[1]
+
+    @cute.jit
+    def piece(self, plan, turn, steps):
+        """(tile, first step, end) of a turn: what another CTA finishes, whole tiles, at last what this one finishes.
+
+        In the rounds of whole tiles the CTAs take turns from first to last and back, so that who had a wide one gets a narrow
+        one next.
+        """
+        cta, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
+        kept, from_tile, from_step, to_tile, to_step = plan[0], plan[1], plan[2], plan[3], plan[4]
+        place = ctas - 1 - cta if turn % 2 == 0 else cta
+        tile = (turn - 1) * ctas + place
+        tile = to_tile - (turn - kept) if turn > kept else tile
+        tile = to_tile if turn == 0 else tile
+        first = from_step if (tile == from_tile) & ((turn == 0) | (turn > kept)) else Int32(0)
+        end = to_step if turn == 0 else steps
+        return tile, first, end if tile < plan[5] else first
+
+    @cute.jit
+    def locate(self, starts, order, bounds, experts, row_tiles, tile):
         """(expert, row tile, first token, end of tokens, width) of a tile."""
-        at = tile // row_tiles
-        low, high = Int32(0), Int32(experts)
-        for _ in cutlass.range_constexpr(_SEARCH_STEPS):
-            middle = (low + high) // 2
-            below = starts[middle] <= at
-            low, high = middle if below else low, high if below else middle
-        first = starts[low]
-        count = starts[low + 1] - first
-        inside = tile - first * row_tiles
-        expert = order[low]
-        begin = self.clamped(offsets[expert], rows)
-        tokens = self.count(offsets, rows, expert)
-        width, _ = self.width(tokens, count)
-        start = begin + inside % count * width
-        return expert, inside // count, start, cutlass.min(begin + tokens, start + width), width
+        low = self.search(starts, row_tiles, tile, experts)
+        begin, packed = starts[low], order[low]
+        tiles = starts[low + 1] - begin
+        expert, width = packed & 0xFFFF, packed >> 16
+        inside = tile - begin * row_tiles
+        row_tile = Int32(Uint32(inside) // Uint32(tiles))
+        number = inside - row_tile * tiles
+        first = bounds[expert]
+        end = cutlass.max(bounds[expert + 1], first)
+        # the last tiles have a grain less, if grains do not come out even
+        grain = cutlass.const_expr(self.config.grain)
+        narrow = number - (tiles - (tiles * width - (end - first)) // grain)
+        first += number * width - cutlass.max(narrow, 0) * grain
+        width = width - grain if narrow >= 0 else width
+        return expert, row_tile, first, cutlass.min(end, first + width), width
