@@ -28,7 +28,7 @@ from cutlass.memory import SmemAllocator
 
 from glu4.backends.hopper.config import DECODER_REGISTERS, PRODUCER_REGISTERS, TILE_K, UNIT_BYTES, WARPGROUP, Config
 from glu4.backends.hopper.decode_tokens import TOKEN_BIAS, produce_tokens
-from glu4.backends.hopper.instructions import asm_u32, store_16_bytes, store_remote, store_transposed
+from glu4.backends.hopper.instructions import asm_u32, await_cluster, store_16_bytes, store_remote, store_transposed
 from glu4.backends.hopper.pack import CODE_WORDS, UNIT_WORDS
 
 Int32, Int64, Uint32, Float32 = cutlass.Int32, cutlass.Int64, cutlass.Uint32, cutlass.Float32
@@ -152,7 +152,7 @@ class DualGemm:
         pipe = pipeline.PipelineTmaAsync.create(
             barrier_storage=shared.barriers.data_ptr(),
             num_stages=c.stages,
-            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 1 + self.nvfp4),
+            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 1 + self.nvfp4 * c.cluster),
             consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 4 * c.rows * c.cluster),
             tx_count=c.stage_units * c.rows * UNIT_BYTES if self.nvfp4 else c.stage_bytes,
             cta_layout_vmnk=cute.make_layout((1, 1, c.cluster, 1)),
@@ -187,7 +187,7 @@ class DualGemm:
                 # ---- a warpgroup that decodes tokens ----
                 self.decode_tokens(
                     x, block_scales, shared.tokens.data_ptr(), shared.staging.data_ptr(), pipe, token_tile, first_step, steps,
-                    warp,
+                    warp, row_tile % c.cluster,
                 )  # fmt: skip
         if group < c.consumers:
             # ---- consumers ----
@@ -239,7 +239,7 @@ class DualGemm:
                 cute.copy(copy_units, source, s_weights[(None, i, state.index)], mbar_ptr=pipe.producer_get_barrier(state))
 
     @cute.jit
-    def decode_tokens(self, x, block_scales, tokens, staging, pipe, token_tile, first_step, steps, warp):
+    def decode_tokens(self, x, block_scales, tokens, staging, pipe, token_tile, first_step, steps, warp, share):
         """All token stages, from NVFP4."""
         c = self.config
         cute.arch.setmaxregister_decrease(DECODER_REGISTERS)
@@ -247,7 +247,7 @@ class DualGemm:
         cute.arch.griddepcontrol_launch_dependents()
         produce_tokens(
             x, block_scales, tokens.toint(), staging.toint(), pipe, token_tile * c.tokens, first_step, steps,
-            warp - 4 * (c.consumers + 1), c,
+            warp - 4 * (c.consumers + 1), share, c,
         )  # fmt: skip
 
     @cute.jit
@@ -322,7 +322,10 @@ class DualGemm:
     def step(self, mma, pipe, s_weights, tokens, sums, even, odd, row, lane, stage, phase, before, any_before):
         """Decode and multiply one stage; release the stage before it once its products are done."""
         c = self.config
-        pipe.sync_object_full.wait(stage, phase)
+        if cutlass.const_expr(self.nvfp4 and c.cluster > 1):
+            await_cluster(pipe.sync_object_full.get_barrier(stage).toint(), phase)
+        else:
+            pipe.sync_object_full.wait(stage, phase)
         if cutlass.const_expr(self.nvfp4):  # warps wrote the tokens, and wgmma reads them through the async proxy
             cute.arch.fence_proxy("async.shared", space="cta")
         for u in cutlass.range_constexpr(c.stage_units):
