@@ -28,7 +28,7 @@ def run(*args):
 def test_rounds_lists_what_comes_with_glu4():
     found = {r["name"]: r for r in json.loads(run("rounds", "--json").stdout)["rounds"]}
     assert found["stages-hopper"]["entries"] == 4
-    assert len(found) == 11
+    assert len(found) == 13
     assert "stages-blackwell" in run("rounds").stdout
 
 

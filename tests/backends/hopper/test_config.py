@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,6 +67,26 @@ def test_refusals() -> None:
     assert "TF32" in str(legal(config, problem(1, x_format="float32")))
     assert "float32 output" in str(legal(config, problem(1, out_dtype=torch.float32)))
     assert "sums and outputs take" in str(legal(Config(256, 2, 3, 1, 1), problem(1)))
+
+
+def test_switches_that_no_shipped_kernel_has() -> None:
+    plain = Config(128, 2)
+    assert (plain.store, plain.producers) == ("threads", "warps")
+    bulk, alone = replace(plain, store="bulk"), replace(plain, producers="none")
+    assert [c.name.removeprefix(plain.name) for c in (bulk, alone, replace(alone, store="bulk"))] == ["b", "n", "bn"]
+    assert legal(alone, problem(1)) is None
+    assert (plain.cta_threads(False), alone.cta_threads(False)) == (384, 256)
+    assert alone.launch_registers(False) == 240
+    assert not Config(8, 1, 1, 1, 2, producers="none").takes_nvfp4, "its tokens are decoded ahead"
+    for fields, message in (
+        ({"store": "tma"}, "store: expected threads or bulk, got 'tma'"),
+        ({"producers": "two"}, "producers: expected warps or none, got 'two'"),
+        ({"producers": "none", "k_groups": 2}, "producers: without them one group uses every stage, and k_groups is 2"),
+        ({"producers": "none", "splits": 2}, "producers: without them a CTA copies for itself alone"),
+        ({"producers": "none", "cluster": 2}, "producers: without them a CTA copies for itself alone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Config(128, 2, **fields)
 
 
 def test_each_group_sees_every_phase_of_its_barriers() -> None:

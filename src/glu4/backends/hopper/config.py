@@ -43,7 +43,9 @@ class Config:
     """One kernel. tokens: 8 to 256; rows, k_groups: warpgroups; fragment_sets: 2 decodes ahead of the running product;
     stage_units: steps of 64 along K that one stage holds, so that the producer issues fewer, larger copies; cluster: CTAs side
     by side along N that load a share of their tokens each and multicast it; splits: CTAs that share a tile's K, add their
-    sums through distributed shared memory and write a share of the tile each."""
+    sums through distributed shared memory and write a share of the tile each; store: outputs leave shared memory through
+    "threads", or as "bulk" copies of a token's outputs of one warpgroup; producers: "warps" of their own issue the copies, or
+    with "none" the first consumer warp does."""
 
     tokens: int
     rows: int = 2
@@ -52,6 +54,8 @@ class Config:
     stage_units: int = 2
     cluster: int = 1
     splits: int = 1
+    store: str = "threads"
+    producers: str = "warps"
 
     def __post_init__(self) -> None:
         if self.tokens not in _TOKEN_TILES:
@@ -68,12 +72,21 @@ class Config:
             raise ValueError(f"splits: expected 1, 2 or 4 of at least 8 tokens, got {self.splits} for {self.tokens} tokens")
         if self.cluster > 1 and self.splits > 1:
             raise ValueError("cluster, splits: expected one of them to be 1")
+        if self.store not in ("threads", "bulk"):
+            raise ValueError(f"store: expected threads or bulk, got {self.store!r}")
+        if self.producers not in ("warps", "none"):
+            raise ValueError(f"producers: expected warps or none, got {self.producers!r}")
+        if self.producers == "none" and self.k_groups > 1:
+            raise ValueError(f"producers: without them one group uses every stage, and k_groups is {self.k_groups}")
+        if self.producers == "none" and self.cluster * self.splits > 1:
+            raise ValueError("producers: without them a CTA copies for itself alone, and cluster and splits are 1")
 
     @property
     def name(self) -> str:
         multicast = f"c{self.cluster}" if self.cluster > 1 else ""
         split = f"s{self.splits}" if self.splits > 1 else ""
-        return f"t{self.tokens}r{self.rows}g{self.k_groups}f{self.fragment_sets}u{self.stage_units}{multicast}{split}"
+        switches = "b" * (self.store == "bulk") + "n" * (self.producers == "none")
+        return f"t{self.tokens}r{self.rows}g{self.k_groups}f{self.fragment_sets}u{self.stage_units}{multicast}{split}{switches}"
 
     @property
     def consumers(self) -> int:
@@ -149,8 +162,8 @@ class Config:
         Each of the warps that decode has its own stages, for the reason that `stages` gives.
         """
         few = self.tokens <= 8 if self.cluster == 1 else self.tokens <= 64
-        simple = self.stage_units == 2 and self.splits == 1 and self.stages % DECODE_WARPS == 0
-        return few and simple and self.shared_bytes(True) <= _SHARED_BYTES
+        simple = self.stage_units == 2 and self.splits == 1 and self.producers == "warps"
+        return few and simple and self.stages % DECODE_WARPS == 0 and self.shared_bytes(True) <= _SHARED_BYTES
 
     @property
     def decoding(self) -> Config | None:
@@ -159,11 +172,12 @@ class Config:
         return found if found.takes_nvfp4 else None
 
     def cta_threads(self, nvfp4: bool) -> int:
-        """Consumers, a warpgroup that issues copies, and one that decodes NVFP4 tokens."""
-        return (self.consumers + 1 + nvfp4) * WARPGROUP
+        """Consumers, a warpgroup that issues copies if there is one, and one that decodes NVFP4 tokens."""
+        return (self.consumers + (self.producers == "warps") + nvfp4) * WARPGROUP
 
     def launch_registers(self, nvfp4: bool) -> int:
-        """Registers a thread at launch; setmaxnreg then moves them from the producers to the consumers."""
+        """Registers a thread at launch, which setmaxnreg then moves from the producers to the consumers; without producers the
+        most that a thread may have."""
         return min(240, _REGISTERS // self.cta_threads(nvfp4) // 8 * 8)
 
     def consumer_registers(self, nvfp4: bool) -> int:

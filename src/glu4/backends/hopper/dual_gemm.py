@@ -28,7 +28,14 @@ from cutlass.memory import SmemAllocator
 
 from glu4.backends.hopper.config import DECODER_REGISTERS, PRODUCER_REGISTERS, TILE_K, UNIT_BYTES, WARPGROUP, Config
 from glu4.backends.hopper.decode_tokens import TOKEN_BIAS, produce_tokens
-from glu4.backends.hopper.instructions import asm_u32, await_cluster, store_16_bytes, store_remote, store_transposed
+from glu4.backends.hopper.instructions import (
+    asm_u32,
+    await_cluster,
+    bulk_store,
+    store_16_bytes,
+    store_remote,
+    store_transposed,
+)
 from glu4.backends.hopper.pack import CODE_WORDS, UNIT_WORDS
 
 Int32, Int64, Uint32, Float32 = cutlass.Int32, cutlass.Int64, cutlass.Uint32, cutlass.Float32
@@ -168,7 +175,7 @@ class DualGemm:
         if token_tile * c.tokens >= out.shape[0]:  # beyond the last tile of the last group
             steps = 0
 
-        if group == c.consumers:
+        if (group == c.consumers) & (c.producers == "warps"):
             # ---- producers: two warps of a warpgroup, each with half of the instructions ----
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, c.stages)
@@ -191,11 +198,17 @@ class DualGemm:
                 )  # fmt: skip
         if group < c.consumers:
             # ---- consumers ----
-            cute.arch.setmaxregister_increase(c.consumer_registers(self.nvfp4))
+            if cutlass.const_expr(c.producers == "warps"):
+                cute.arch.setmaxregister_increase(c.consumer_registers(self.nvfp4))
             row, k_group = group % c.rows, group // c.rows
             lane = thread % WARPGROUP
             sums = cute.make_rmem_tensor(mma.partition_shape_C((64, c.tokens)), Float32)
-            self.main_loop(mma, pipe, s_tokens, s_weights, steps, row, k_group, lane, sums)
+            copies = None
+            if cutlass.const_expr(c.producers == "none"):
+                from_global, to_shared = self.token_copies(load_x, x, s_tokens, token_tile, row_tile)
+                copies = (load_x, from_global, to_shared, weights, row_tile, steps, warp)
+                self.fill(copies, s_weights, pipe)
+            self.main_loop(mma, pipe, s_tokens, s_weights, steps, row, k_group, lane, sums, copies)
             partial = cute.make_tensor(
                 cute.recast_ptr(shared.tokens.data_ptr(), dtype=Float32),
                 cute.make_layout((WARPGROUP, 64 * c.tokens // WARPGROUP, c.rows, max(1, c.k_groups - 1))),
@@ -253,6 +266,17 @@ class DualGemm:
     @cute.jit
     def copy_tokens(self, load_x, x, s_tokens, pipe, state, token_tile, row_tile, first_step, steps):
         """All token stages, which the kernel before this one may write; bytes may arrive before they are announced."""
+        from_global, to_shared = self.token_copies(load_x, x, s_tokens, token_tile, row_tile)
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        for k in cutlass.range(steps, unroll=1):
+            pipe.sync_object_empty.wait(state.index, state.phase)
+            self.load_tokens(load_x, from_global, to_shared, pipe, state, first_step + k)
+            state.advance()
+
+    @cute.jit
+    def token_copies(self, load_x, x, s_tokens, token_tile, row_tile):
+        """(global, shared) sides of the tensor copies of a tile's tokens, this CTA's share of them."""
         c = self.config
         g_tokens = cute.local_tile(x, (c.tokens, TILE_K), (token_tile, None))
         share = row_tile % c.cluster
@@ -260,12 +284,7 @@ class DualGemm:
             load_x, share, cute.make_layout(c.cluster), cute.group_modes(s_tokens, 0, 2),
             cute.group_modes(g_tokens, 0, 2),
         )  # fmt: skip
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
-        for k in cutlass.range(steps, unroll=1):
-            pipe.sync_object_empty.wait(state.index, state.phase)
-            self.load_tokens(load_x, from_global, to_shared, pipe, state, first_step + k)
-            state.advance()
+        return from_global, to_shared
 
     @cute.jit
     def load_tokens(self, load_x, from_global, to_shared, pipe, state, k):
@@ -280,10 +299,43 @@ class DualGemm:
             else:
                 cute.copy(load_x, source, target, tma_bar_ptr=barrier)
 
+    # ---- copies without producers: the first consumer warp fills all stages, then each again after its release ----
+
+    @cute.jit
+    def fill(self, copies, s_weights, pipe):
+        """Start the copies of the first stages: weights at once, tokens after the kernel in front."""
+        load_x, from_global, to_shared, weights, row_tile, steps, warp = copies
+        first = cutlass.min(steps, self.config.stages)
+        if warp == 0:
+            state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
+            for k in cutlass.range(first, unroll=1):
+                pipe.producer_acquire(state)
+                self.load_weights(weights, s_weights, pipe, state, row_tile, k)
+                state.advance()
+            cute.arch.griddepcontrol_wait()
+            cute.arch.griddepcontrol_launch_dependents()
+            state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
+            for k in cutlass.range(first, unroll=1):
+                self.load_tokens(load_x, from_global, to_shared, pipe, state, k)
+                state.advance()
+
+    @cute.jit
+    def refill(self, copies, s_weights, pipe, stage, phase, before, any_before, step):
+        """Start the copies of the step that comes `stages` after the one before `step`, once all have released its stage."""
+        load_x, from_global, to_shared, weights, row_tile, steps, warp = copies
+        ahead = step + (self.config.stages - 1)
+        if (warp == 0) & any_before & (ahead < steps):
+            # how often the stage was released so far: its phase, which turns with the ring
+            released = phase ^ 1 if before > stage else phase
+            state = pipeline.PipelineState(self.config.stages, Int32(0), before, released)
+            pipe.producer_acquire(state)
+            self.load_weights(weights, s_weights, pipe, state, row_tile, ahead)
+            self.load_tokens(load_x, from_global, to_shared, pipe, state, ahead)
+
     # ---- main loop ----
 
     @cute.jit
-    def main_loop(self, mma, pipe, s_tokens, s_weights, steps, row, k_group, lane, sums):
+    def main_loop(self, mma, pipe, s_tokens, s_weights, steps, row, k_group, lane, sums, copies):
         """Products of this warpgroup's rows with the tokens, for stages k_group, k_group + k_groups, ... of K."""
         c = self.config
         thr = mma.get_slice(lane)
@@ -300,7 +352,8 @@ class DualGemm:
             for j in cutlass.range_constexpr(c.unroll):
                 self.step(
                     mma, pipe, s_weights, tokens, sums, even, odd, row, lane, stage + j * c.k_groups, phase,
-                    before if cutlass.const_expr(j == 0) else stage + (j - 1) * c.k_groups, (i > 0) | (j > 0)
+                    before if cutlass.const_expr(j == 0) else stage + (j - 1) * c.k_groups, (i > 0) | (j > 0),
+                    copies, i * c.unroll + j,
                 )  # fmt: skip
             before = stage + (c.unroll - 1) * c.k_groups
             stage += c.unroll * c.k_groups
@@ -308,7 +361,7 @@ class DualGemm:
                 stage -= c.stages
                 phase ^= 1
         for i in cutlass.range(passes * c.unroll, mine, unroll=1):
-            self.step(mma, pipe, s_weights, tokens, sums, even, odd, row, lane, stage, phase, before, i > 0)
+            self.step(mma, pipe, s_weights, tokens, sums, even, odd, row, lane, stage, phase, before, i > 0, copies, i)
             before = stage
             stage += c.k_groups
             if stage >= c.stages:
@@ -319,8 +372,9 @@ class DualGemm:
             self.release(pipe, before, lane)  # every stage, or the producer waits for ever
 
     @cute.jit
-    def step(self, mma, pipe, s_weights, tokens, sums, even, odd, row, lane, stage, phase, before, any_before):
-        """Decode and multiply one stage; release the stage before it once its products are done."""
+    def step(self, mma, pipe, s_weights, tokens, sums, even, odd, row, lane, stage, phase, before, any_before,
+             copies, number):  # fmt: skip
+        """Decode and multiply one stage, step `number`; release the stage before it once its products are done."""
         c = self.config
         if cutlass.const_expr(self.nvfp4 and c.cluster > 1):
             await_cluster(pipe.sync_object_full.get_barrier(stage).toint(), phase)
@@ -343,6 +397,8 @@ class DualGemm:
                 if cutlass.const_expr(u == 0):
                     if any_before:
                         self.release(pipe, before, lane)
+        if cutlass.const_expr(copies is not None):
+            self.refill(copies, s_weights, pipe, stage, phase, before, any_before, number)
 
     @cute.jit
     def release(self, pipe, stage, lane):
@@ -571,15 +627,23 @@ class DualGemm:
             else:
                 address = base + (8 * ((i + mine) // 2) + in_warp % 8) * pitch + w * 32 + (i + mine) % 2 * 16
             store_transposed(address, *[words[i + e] for e in range(batch)])
+        if cutlass.const_expr(self.config.store == "bulk"):
+            cute.arch.fence_proxy("async.shared", space="cta")  # what is staged is read through the async proxy
         cute.arch.barrier(barrier_id=2 + row, number_of_threads=WARPGROUP)
         tokens, n = out.shape
         start = out.iterator.toint()
         aligned = ((start | (Int64(out.stride[0]) * 2)) & 15) == 0
         chunks = cutlass.const_expr(columns // 8)
+        items = count * chunks
+        if cutlass.const_expr(self.config.store == "bulk"):
+            bulk = aligned & (n % 8 == 0)
+            if bulk:
+                self.store_rows(out, base, pitch, first_token, row_tile * columns, lane, count, columns)
+            items = 0 if bulk else items
         for i in cutlass.range_constexpr((count * chunks + WARPGROUP - 1) // WARPGROUP):
             item = i * WARPGROUP + lane
             token, column = item // chunks, row_tile * columns + item % chunks * 8
-            if (item < count * chunks) & (first_token + token < tokens) & (column < n):
+            if (item < items) & (first_token + token < tokens) & (column < n):
                 staged = base + token * pitch + item % chunks * 16
                 there = cute.make_ptr(Uint32, staged, cute.AddressSpace.smem, assumed_align=16)
                 four = cute.make_rmem_tensor((4,), Uint32)
@@ -592,6 +656,21 @@ class DualGemm:
                     for e in cutlass.range_constexpr(8):
                         if column + e < n:
                             out[first_token + token, column + e] = elements[e]
+
+    @cute.jit
+    def store_rows(
+        self, out, base, pitch, first_token, first_column, lane, count: cutlass.Constexpr, columns: cutlass.Constexpr
+    ):  # fmt: skip
+        """A bulk copy for each token's staged outputs within [m, n], whose addresses and sizes are multiples of 16 bytes."""
+        tokens, n = out.shape
+        size = 2 * cutlass.min(columns, n - first_column)
+        for i in cutlass.range_constexpr((count + WARPGROUP - 1) // WARPGROUP):
+            token = i * WARPGROUP + lane
+            if (token < count) & (first_token + token < tokens) & (size > 0):
+                offset = Int64(first_token + token) * Int64(out.stride[0]) + first_column
+                bulk_store(out.iterator.toint() + offset * 2, base + token * pitch, size)
+        cute.arch.cp_async_bulk_commit_group()
+        cute.arch.cp_async_bulk_wait_group(0, read=True)  # shared memory is the CTA's until then
 
 
 assert UNIT_BYTES == 4 * UNIT_WORDS

@@ -56,6 +56,16 @@ def store_16_bytes(address: Any, words: Any, *, loc: Any = None, ip: Any = None)
 
 
 @dsl_user_op
+def bulk_store(there: Any, here: Any, size: int, *, loc: Any = None, ip: Any = None) -> None:
+    """Start a bulk copy of `size` bytes from shared to global memory, all multiples of 16; of this thread's bulk group."""
+    values = [v.ir_value(loc=loc, ip=ip) for v in (Int64(there), Uint32(here), Uint32(size))]
+    llvm.inline_asm(
+        None, values, "cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], $2;", "l,r,r", has_side_effects=True,
+        is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
 def store_shared_16_bytes(address: Any, words: Any, *, loc: Any = None, ip: Any = None) -> None:
     """Four words to an aligned address of the CTA's shared memory."""
     values = [Uint32(address).ir_value(loc=loc, ip=ip), *(Uint32(words[i]).ir_value(loc=loc, ip=ip) for i in range(4))]
