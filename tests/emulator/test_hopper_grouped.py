@@ -201,7 +201,7 @@ def test_tiles_that_several_ctas_share(ctas: int) -> None:
     experts = Experts([3, 0, 9, 33], 40, 640)
     results = [experts.run(ptx(config), config, ctas=ctas, schedule="random", seed=seed) for seed in (1, 2)]
     left = ~np.isnan(results[0].buffers["partials"]).reshape(ctas, -1).all(1)
-    assert left.sum() >= (3 if ctas == 5 else 9)
+    assert left.sum() >= (2 if ctas == 5 else 8)
     for result in results:
         assert result.report.clean, str(result.report)
         assert experts.wrong(result) == []
@@ -212,7 +212,7 @@ FAULTS = {
     "another expert's scale": ("self.scales(up_scale[expert], x_scale, flags)", "self.scales(up_scale[0], x_scale, flags)"),
     "another expert's weights": ("weights[(expert, 0, 0, None)]", "weights[(0, 0, 0, None)]"),
     "another expert's bias": ("up_bias[(expert, None)]", "up_bias[(0, None)]"),
-    "rows of the next expert": ("cutlass.min(begin + tokens, start + width)", "start + width"),
+    "rows of the next expert": ("cutlass.min(end, first + width), width", "first + width, width"),
     "tokens from x's start": ("cute.domain_offset((first, 0), x)", "cute.domain_offset((0, 0), x)"),
     "sums that start at one": ("sums.fill(0.0)", "sums.fill(1.0)"),
     "a tile too few": (
