@@ -148,7 +148,7 @@ class Config:
     @property
     def staging_bytes(self) -> int:
         """Shared memory of NVFP4 tokens before they are decoded: DECODE_AHEAD stages for each warp."""
-        return DECODE_WARPS * DECODE_AHEAD * self.box_tokens * STAGED_ROW
+        return DECODE_WARPS * DECODE_AHEAD * self.tokens * STAGED_ROW
 
     def shared_bytes(self, nvfp4: bool) -> int:
         """Barriers, padded so that the tokens start at a swizzle atom, then the stages."""
@@ -156,20 +156,12 @@ class Config:
 
     @property
     def takes_nvfp4(self) -> bool:
-        """Whether a kernel of it may decode NVFP4 tokens itself: few of them, so that decoding in every CTA costs little; each
-        CTA of a cluster decodes a share for all.
+        """Whether a kernel of it may decode NVFP4 tokens itself: few of them, so that decoding in every CTA costs little.
 
         Each of the warps that decode has its own stages, for the reason that `stages` gives.
         """
-        few = self.tokens <= 8 if self.cluster == 1 else self.tokens <= 64
-        simple = self.stage_units == 2 and self.splits == 1 and self.producers == "warps"
-        return few and simple and self.stages % DECODE_WARPS == 0 and self.shared_bytes(True) <= _SHARED_BYTES
-
-    @property
-    def decoding(self) -> Config | None:
-        """The configuration whose kernel decodes NVFP4 tokens where this one would be chosen for others, if there is one."""
-        found = _DECODING.get(self, self)
-        return found if found.takes_nvfp4 else None
+        simple = self.stage_units == 2 and self.cluster == self.splits == 1 and self.producers == "warps"
+        return self.tokens == 8 and simple and self.stages % DECODE_WARPS == 0
 
     def cta_threads(self, nvfp4: bool) -> int:
         """Consumers, a warpgroup that issues copies if there is one, and one that decodes NVFP4 tokens."""
@@ -201,11 +193,6 @@ SHIPPED = (
     Config(256, 2, 1, 2, 2, splits=2),
     Config(256, 2, 1, 2, 2, cluster=2),
 )
-
-_DECODING = {
-    Config(16, 1, 4, 1, 2): Config(16, 1, 4, 1, 2, cluster=2),
-    Config(64, 1, 3, 1, 2): Config(64, 1, 4, 1, 2, cluster=2),
-}
 
 
 def legal(config: Config, problem: Problem) -> str | None:

@@ -18,15 +18,7 @@ import cutlass.cute as cute
 from cuda.bindings.driver import CUstream
 
 from glu4.backends.hopper.config import DECODE_AHEAD, DECODE_THREADS, DECODE_WARPS, DECODE_WORDS, STAGED_ROW, TILE_K
-from glu4.backends.hopper.instructions import (
-    arrive_in_cluster,
-    asm_u32,
-    copy_async,
-    load_shared,
-    store_16_bytes,
-    store_remote_words,
-    store_shared_16_bytes,
-)
+from glu4.backends.hopper.instructions import asm_u32, copy_async, load_shared, store_16_bytes, store_shared_16_bytes
 
 Int32, Int64, Uint32, Uint64 = cutlass.Int32, cutlass.Int64, cutlass.Uint32, cutlass.Uint64
 
@@ -35,7 +27,6 @@ TOKEN_BIAS = 7  # produce_tokens leaves 2^-7 of each value
 _SCALE = "{ .reg .b16 pair; cvt.u16.u32 pair, $1; cvt.rn.f16x2.e4m3x2 $0, pair; }"
 _PRODUCT = "mul.rn.f16x2 $0, $1, $2;"
 _PERMUTE = "prmt.b32 $0, $1, $2, %s;"
-_MAPA = "mapa.shared::cluster.u32 $0, $1, $2;"
 _TWO_TO_7 = 0x58005800  # fp16, twice
 
 
@@ -73,11 +64,9 @@ def produce_tokens(
     first_step: Int32,
     steps: Int32,
     warp: Int32,
-    share: Int32,
     config: cutlass.Constexpr,
 ):
-    """What one of DECODE_WARPS warps does for the token stages: it decodes every DECODE_WARPS-th, 2^-7 of each value. Of a
-    cluster's CTAs each decodes the rows of its own `share`, and writes them to all.
+    """What one of DECODE_WARPS warps does for the token stages: it decodes every DECODE_WARPS-th, 2^-7 of each value.
 
     codes [M, K / 16], eight bytes a block; block_scales [M, K / 16], a byte each, rows and start aligned to 4; tokens: address
     of the first stage, 128 bytes a row of 64 values, 16-byte chunks swizzled as wgmma's 128-byte mode has them; staging: that
@@ -87,42 +76,30 @@ def produce_tokens(
     for all that share its scoreboard, of which a warp has six. So were several warps to a stage: a warp's time is latency.
     """
     lane = cute.arch.lane_idx()
-    rows = cutlass.const_expr(config.box_tokens)
-    first_row += share * rows
-    slot_bytes = cutlass.const_expr(rows * STAGED_ROW)
+    slot_bytes = cutlass.const_expr(config.tokens * STAGED_ROW)
     staging += warp * (DECODE_AHEAD * slot_bytes)
     for i in cutlass.range(DECODE_AHEAD, unroll=1):
         step = first_step + warp + i * DECODE_WARPS
-        _fetch(codes, block_scales, staging + i * slot_bytes, first_row, step, lane, rows)
+        _fetch(codes, block_scales, staging + i * slot_bytes, first_row, step, lane, config.tokens)
     slot, phase, ahead = Int32(warp), Int32(1), Int32(0)
     for step in cutlass.range(warp, steps, DECODE_WARPS, unroll=1):
         staged = staging + ahead * slot_bytes
         cute.arch.cp_async_wait_group(DECODE_AHEAD - 1)
         cute.arch.sync_warp()
         pipe.sync_object_empty.wait(slot, phase)
-        _store(staged, tokens + slot * (2 * config.tokens * 128), lane, share, config)
+        _store(staged, tokens + slot * (2 * config.tokens * 128), lane, config.tokens)
         # the consumers fence proxies: here that would wait for what is under way
         cute.arch.sync_warp()
-        _arrive(pipe.sync_object_full.get_barrier(slot), lane, config.cluster)
+        if lane == 0:
+            cute.arch.mbarrier_arrive(pipe.sync_object_full.get_barrier(slot))
         later = first_step + step + DECODE_AHEAD * DECODE_WARPS
-        _fetch(codes, block_scales, staged, first_row, later, lane, rows)
+        _fetch(codes, block_scales, staged, first_row, later, lane, config.tokens)
         ahead = 0 if ahead == DECODE_AHEAD - 1 else ahead + 1
         slot += DECODE_WARPS
         if slot >= config.stages:
             slot -= config.stages
             phase ^= 1
     cute.arch.cp_async_wait_group(0)
-
-
-@cute.jit
-def _arrive(full, lane, cluster: cutlass.Constexpr):
-    """A stage is decoded: one arrival at each CTA's barrier."""
-    if cutlass.const_expr(cluster == 1):
-        if lane == 0:
-            cute.arch.mbarrier_arrive(full)
-    else:
-        if lane < cluster:
-            arrive_in_cluster(asm_u32(_MAPA, full.toint(), lane))
 
 
 @cute.jit
@@ -145,26 +122,20 @@ def _fetch(codes, block_scales, staged, first_row, step, lane, tile: cutlass.Con
 
 
 @cute.jit
-def _store(staged, start, lane, share, config: cutlass.Constexpr):
-    """Decode a lane's blocks of one stage into the stage at `start`, of this CTA and of the others of its cluster."""
+def _store(staged, start, lane, tile: cutlass.Constexpr):
+    """Decode a lane's blocks of one stage into the stage at `start`."""
     block = lane % STAGE_BLOCKS
     unit = block // 4
-    first = share * config.box_tokens
-    peer = asm_u32(_MAPA, start, share ^ 1) if cutlass.const_expr(config.cluster > 1) else Uint32(0)
-    for j in cutlass.range(config.box_tokens // 4, unroll=2):
+    for j in cutlass.range_constexpr(tile // 4):
         row = lane // STAGE_BLOCKS + 4 * j
-        place, offset = staged + row * STAGED_ROW, (unit * config.tokens + first + row) * 128
+        place, there = staged + row * STAGED_ROW, start + (unit * tile + row) * 128
         factor = _factor(load_shared("u8", place + 64 + block))
         for turn in cutlass.range_constexpr(2):
             # lanes of the second unit begin with the high half, so that the eight lanes of a row write to all banks
             half = unit ^ turn
             word = load_shared("b32", place + block * 8 + half * 4)
             chunk = block % 4 * 2 + half
-            at = offset + ((chunk ^ (row % 8)) * 16)
-            values = _decode(word, factor)
-            store_shared_16_bytes(start + at, values)
-            if cutlass.const_expr(config.cluster > 1):
-                store_remote_words(peer + at, values)
+            store_shared_16_bytes(there + ((chunk ^ (row % 8)) * 16), _decode(word, factor))
 
 
 class DecodeTokens:

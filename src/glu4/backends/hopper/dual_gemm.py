@@ -28,14 +28,7 @@ from cutlass.memory import SmemAllocator
 
 from glu4.backends.hopper.config import DECODER_REGISTERS, PRODUCER_REGISTERS, TILE_K, UNIT_BYTES, WARPGROUP, Config
 from glu4.backends.hopper.decode_tokens import TOKEN_BIAS, produce_tokens
-from glu4.backends.hopper.instructions import (
-    asm_u32,
-    await_cluster,
-    bulk_store,
-    store_16_bytes,
-    store_remote,
-    store_transposed,
-)
+from glu4.backends.hopper.instructions import asm_u32, bulk_store, store_16_bytes, store_remote, store_transposed
 from glu4.backends.hopper.pack import CODE_WORDS, UNIT_WORDS
 
 Int32, Int64, Uint32, Float32 = cutlass.Int32, cutlass.Int64, cutlass.Uint32, cutlass.Float32
@@ -159,7 +152,7 @@ class DualGemm:
         pipe = pipeline.PipelineTmaAsync.create(
             barrier_storage=shared.barriers.data_ptr(),
             num_stages=c.stages,
-            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 1 + self.nvfp4 * c.cluster),
+            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 1 + self.nvfp4),
             consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 4 * c.rows * c.cluster),
             tx_count=c.stage_units * c.rows * UNIT_BYTES if self.nvfp4 else c.stage_bytes,
             cta_layout_vmnk=cute.make_layout((1, 1, c.cluster, 1)),
@@ -194,7 +187,7 @@ class DualGemm:
                 # ---- a warpgroup that decodes tokens ----
                 self.decode_tokens(
                     x, block_scales, shared.tokens.data_ptr(), shared.staging.data_ptr(), pipe, token_tile, first_step, steps,
-                    warp, row_tile % c.cluster,
+                    warp,
                 )  # fmt: skip
         if group < c.consumers:
             # ---- consumers ----
@@ -252,7 +245,7 @@ class DualGemm:
                 cute.copy(copy_units, source, s_weights[(None, i, state.index)], mbar_ptr=pipe.producer_get_barrier(state))
 
     @cute.jit
-    def decode_tokens(self, x, block_scales, tokens, staging, pipe, token_tile, first_step, steps, warp, share):
+    def decode_tokens(self, x, block_scales, tokens, staging, pipe, token_tile, first_step, steps, warp):
         """All token stages, from NVFP4."""
         c = self.config
         cute.arch.setmaxregister_decrease(DECODER_REGISTERS)
@@ -260,7 +253,7 @@ class DualGemm:
         cute.arch.griddepcontrol_launch_dependents()
         produce_tokens(
             x, block_scales, tokens.toint(), staging.toint(), pipe, token_tile * c.tokens, first_step, steps,
-            warp - 4 * (c.consumers + 1), share, c,
+            warp - 4 * (c.consumers + 1), c,
         )  # fmt: skip
 
     @cute.jit
@@ -376,10 +369,7 @@ class DualGemm:
              copies, number):  # fmt: skip
         """Decode and multiply one stage, step `number`; release the stage before it once its products are done."""
         c = self.config
-        if cutlass.const_expr(self.nvfp4 and c.cluster > 1):
-            await_cluster(pipe.sync_object_full.get_barrier(stage).toint(), phase)
-        else:
-            pipe.sync_object_full.wait(stage, phase)
+        pipe.sync_object_full.wait(stage, phase)
         if cutlass.const_expr(self.nvfp4):  # warps wrote the tokens, and wgmma reads them through the async proxy
             cute.arch.fence_proxy("async.shared", space="cta")
         for u in cutlass.range_constexpr(c.stage_units):

@@ -76,39 +76,6 @@ def store_shared_16_bytes(address: Any, words: Any, *, loc: Any = None, ip: Any 
 
 
 @dsl_user_op
-def store_remote_words(address: Any, words: Any, *, loc: Any = None, ip: Any = None) -> None:
-    """Four words to an aligned address of the shared memory of a CTA of the cluster; `address` is of mapa."""
-    values = [Uint32(address).ir_value(loc=loc, ip=ip), *(Uint32(words[i]).ir_value(loc=loc, ip=ip) for i in range(4))]
-    llvm.inline_asm(
-        None, values, "st.shared::cluster.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", has_side_effects=True,
-        is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
-    )  # fmt: skip
-
-
-@dsl_user_op
-def arrive_in_cluster(address: Any, *, loc: Any = None, ip: Any = None) -> None:
-    """One arrival at an mbarrier of a CTA of the cluster; `address` is of mapa."""
-    values = [Uint32(address).ir_value(loc=loc, ip=ip)]
-    llvm.inline_asm(
-        None, values, "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [$0];", "r", has_side_effects=True,
-        is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
-    )  # fmt: skip
-
-
-@dsl_user_op
-def await_cluster(address: Any, phase: Any, *, loc: Any = None, ip: Any = None) -> None:
-    """Wait for a phase of an mbarrier of this CTA, at which other CTAs of the cluster arrive: what they wrote is seen."""
-    values = [Uint32(v).ir_value(loc=loc, ip=ip) for v in (address, phase)]
-    code = (
-        "{ .reg .pred done; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [$0], $1; @!done bra again; }"
-    )
-    llvm.inline_asm(
-        None, values, code, "r,r", has_side_effects=True, is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc,
-        ip=ip,
-    )  # fmt: skip
-
-
-@dsl_user_op
 def copy_async(there: Any, here: Any, size: int, valid: Any, *, loc: Any = None, ip: Any = None) -> None:
     """cp.async of 4 or 8 bytes (`size`) from global `here` to shared `there`; zeros instead where `valid` is 0, not `size`."""
     values = [v.ir_value(loc=loc, ip=ip) for v in (Uint32(there), Int64(here), Uint32(valid))]
@@ -189,25 +156,4 @@ def arrive_if(barrier: Any, condition: Any, *, loc: Any = None, ip: Any = None) 
     llvm.inline_asm(
         None, values, "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p mbarrier.arrive.release.cta.shared::cta.b64 _, [$0]; }", "r,r",
         has_side_effects=True, is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
-    )  # fmt: skip
-
-
-@dsl_user_op
-def raise_flag(address: Any, *, loc: Any = None, ip: Any = None) -> None:
-    """Store 1 to an int32 in global memory; who awaits it sees all that this thread knew."""
-    values = [Int64(address).ir_value(loc=loc, ip=ip)]
-    llvm.inline_asm(
-        None, values, "st.release.gpu.global.u32 [$0], 1;", "l", has_side_effects=True, is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
-    )  # fmt: skip
-
-
-@dsl_user_op
-def await_flag(address: Any, *, loc: Any = None, ip: Any = None) -> None:
-    """Load an int32 in global memory until it is not 0."""
-    values = [Int64(address).ir_value(loc=loc, ip=ip)]
-    code = "{ .reg .pred p; .reg .b32 v; again: ld.acquire.gpu.global.u32 v, [$0]; setp.eq.u32 p, v, 0; @p bra again; }"
-    llvm.inline_asm(
-        None, values, code, "l", has_side_effects=True, is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
     )  # fmt: skip

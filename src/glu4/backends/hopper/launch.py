@@ -91,16 +91,15 @@ def _kernel(spec: KernelSpec) -> Kernel | None:
 
 
 def _spec(config: Config, x: Format, out: torch.dtype, dual: bool) -> KernelSpec:
-    decoding = config.decoding if x == NVFP4 else None
+    nvfp4 = x == NVFP4 and config.takes_nvfp4
     # NVFP4 tokens are decoded to fp16, which holds them exactly
-    dtype = x if isinstance(x, torch.dtype) else torch.float16
-    return KernelSpec.of(decoding or config, dtype, out, dual, decoding is not None)
+    return KernelSpec.of(config, x if isinstance(x, torch.dtype) else torch.float16, out, dual, nvfp4)
 
 
 def _choice(config: Config, m: int, n: int, x: Format, out: torch.dtype, dual: bool) -> Choice | None:
     spec = _spec(config, x, out, dual)
     kernel = _kernel(spec)
-    return None if kernel is None else Choice(kernel, spec.config.grid(m, n, dual), spec.nvfp4)
+    return None if kernel is None else Choice(kernel, config.grid(m, n, dual), spec.nvfp4)
 
 
 @lru_cache(maxsize=1 << 14)

@@ -158,7 +158,6 @@ def shipped(dual: bool | None = None) -> list[Spec]:
     types = ("f16", "bf16")
     operations = (True, False) if dual is None else (dual,)
     kernels = [KernelSpec(c, x, out, d) for d in operations for x in types for out in types for c in SHIPPED]
-    decoding = [c.decoding for c in SHIPPED if c.decoding is not None]
-    kernels += [KernelSpec(c, "nvfp4", out, d) for d in operations for out in types for c in decoding]
+    kernels += [KernelSpec(c, "nvfp4", out, d) for d in operations for out in types for c in SHIPPED if c.takes_nvfp4]
     grouped = shipped_grouped()[:-1] if dual is None else []
     return [*kernels, *grouped, DecodeSpec()]
