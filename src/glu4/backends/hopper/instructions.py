@@ -157,3 +157,24 @@ def arrive_if(barrier: Any, condition: Any, *, loc: Any = None, ip: Any = None) 
         None, values, "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p mbarrier.arrive.release.cta.shared::cta.b64 _, [$0]; }", "r,r",
         has_side_effects=True, is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
     )  # fmt: skip
+
+
+@dsl_user_op
+def raise_flag(address: Any, *, loc: Any = None, ip: Any = None) -> None:
+    """Store 1 to an int32 in global memory; who awaits it sees all that this thread knew."""
+    values = [Int64(address).ir_value(loc=loc, ip=ip)]
+    llvm.inline_asm(
+        None, values, "st.release.gpu.global.u32 [$0], 1;", "l", has_side_effects=True, is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def await_flag(address: Any, *, loc: Any = None, ip: Any = None) -> None:
+    """Load an int32 in global memory until it is not 0."""
+    values = [Int64(address).ir_value(loc=loc, ip=ip)]
+    code = "{ .reg .pred p; .reg .b32 v; again: ld.acquire.gpu.global.u32 v, [$0]; setp.eq.u32 p, v, 0; @p bra again; }"
+    llvm.inline_asm(
+        None, values, code, "l", has_side_effects=True, is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
+    )  # fmt: skip
