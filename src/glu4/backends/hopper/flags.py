@@ -60,7 +60,7 @@ def _capturing() -> bool:
 def _zeros(index: int) -> Tensor:
     """Outside of any graph that is being captured, and complete: a stream of its own is waited for, no other."""
     with torch.cuda.device(index), Relaxed():
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             made = torch.zeros(_OWNERS * FLAGS, dtype=torch.int32, device=f"cuda:{index}")
         stream.synchronize()
