@@ -117,9 +117,15 @@ def test_where_no_kernel_is_marked_the_fastest_of_each_shape_is_chosen_and_said(
     assert not loaded(tmp_path, document()).unchosen
 
 
+REPORTS = (
+    "h100-bench", "h100-bench-2", "h100-decode-words", "h100-grouped", "h100-grouped-w4a4", "h100-peers", "h100-w4a4",
+    "h100-w4a4-cluster",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("h100-*.json")), ids=lambda p: p.stem)
 def test_recorded_files_are_read_or_refused_by_name(path):
-    if path.stem in ("h100-bench", "h100-grouped", "h100-grouped-w4a4", "h100-peers", "h100-w4a4"):
+    if path.stem in REPORTS:
         assert load(path).run.rows
     else:
         with pytest.raises(ValueError, match=rf"{path.name} is not a result of glu4 bench: rows"):
