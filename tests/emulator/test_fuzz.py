@@ -73,18 +73,16 @@ def test_mutants_of_a_compilers_kernel() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seeds", [range(1000, 3000), pytest.param(range(3000, 6000), marks=pytest.mark.long)])
-def test_many_mutants_of_small_kernels(seeds: range) -> None:
-    assert tally(small_kernels(), seeds).total() == len(seeds)
+def test_many_mutants_of_small_kernels() -> None:
+    assert tally(small_kernels(), range(1000, 6000)).total() == 5000
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("seeds", [range(5), pytest.param(range(5, 12), marks=pytest.mark.long)])
-def test_mutants_of_every_compilers_kernel(seeds: range) -> None:
+def test_mutants_of_every_compilers_kernel() -> None:
     names = launches.names()
     for i, name in enumerate(names):
-        assert tally([large_kernel(name)], range(100 * i + seeds.start, 100 * i + seeds.stop)).total() == len(seeds)
+        assert tally([large_kernel(name)], range(100 * i, 100 * i + 12)).total() == 12
 
 
 def test_damaged_launches() -> None:

@@ -4,22 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from emulator.kernels import launches
 from emulator.mutations.kernels import kernel, names
 
 SEEDS = 200  # of each kernel
 BLOCK = 25  # seeds of one test, so that workers share a kernel's
-IN_CI = 50  # seeds of a compiler's kernel, of which 200 take minutes: hazards are found by order, not by what schedule ran
-
-
-def blocks() -> list[object]:
-    """(kernel, first seed) of each test."""
-    large = set(launches.names())
-    return [
-        pytest.param(name, first, marks=[pytest.mark.long] if name in large and first > IN_CI else [])
-        for name in names()
-        for first in range(1, SEEDS + 1, BLOCK)
-    ]
 
 
 def run_seeds(name: str, seeds: range) -> None:
@@ -37,6 +25,7 @@ def test_no_alarm_under_a_few_schedules(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "first"), blocks())
+@pytest.mark.parametrize("first", range(1, SEEDS + 1, BLOCK))
+@pytest.mark.parametrize("name", names())
 def test_no_alarm_under_many_schedules(name: str, first: int) -> None:
     run_seeds(name, range(first, first + BLOCK))
