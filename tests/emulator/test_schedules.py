@@ -20,8 +20,7 @@ def run_seeds(name: str, seeds: range) -> None:
 
 @pytest.mark.parametrize("name", names())
 def test_no_alarm_under_a_few_schedules(name: str) -> None:
-    """Of a compiler's kernel one: the longer proof runs fifty."""
-    run_seeds(name, range(SEEDS + 1, SEEDS + (2 if name in launches.names() else 4)))
+    run_seeds(name, range(SEEDS + 1, SEEDS + 4))
 
 
 @pytest.mark.slow
