@@ -11,9 +11,9 @@ from glu4.problem import GroupedProblem
 __all__ = ["GROUPED_SHIPPED", "MAX_EXPERTS", "GroupedConfig", "grouped_candidates", "grouped_legal"]
 
 MAX_EXPERTS = 512
-# in tokens of one step along K, measured on one H100 (docs/notebook-hopper.md, section 7)
+# costs in tokens of one step along K
 STEP_COST = 27  # of a step beside its products: decoding (as `config.cost` has it)
-FINISH_STEPS = 2  # what finishing a tile costs, in its steps
+FINISH_STEPS = 2  # what finishing a tile costs, in its steps; an estimate
 PRODUCER_REGISTERS = 32
 _SHARED_BYTES = 227 * 1024
 _MAX_STAGES = 24
@@ -26,9 +26,9 @@ class GroupedConfig:
     grain    products are as many tokens wide as a tile has, rounded up to a multiple of this
     box      tokens that one tensor copy fetches: fewer read less that no product needs, but take longer to issue
     steps    of 16 along K that are decoded, while the products of as many run, in one fragment of two
-    least    stages along K that a CTA computes at least of a tile that it shares with others
-    share    what leaving sums and collecting others' costs a CTA of one row group, in tokens of one stage along K: tiles are
-             shared where that gains more
+    least    no tile is cut within so many stages along K of its begin or end
+    share    tiles are shared where a CTA of one row group gains more than that many tokens of one stage along K; above what
+             the exchange of sums takes, as shared tiles cost clock (docs/notebook-hopper.md, section 7)
     """
 
     tokens: int = 128
