@@ -17,7 +17,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["FORMATS", "FloatFormat", "Rounding", "convert_packed", "decode", "encode", "pack", "unpack"]
+from glu4.emulator.lanes import some
+
+__all__ = ["FORMATS", "FloatFormat", "Rounding", "bf16_bits", "convert_packed", "decode", "encode", "pack", "unpack"]
 
 Rounding = Literal["rn", "rna", "rz", "rm", "rp"]
 Codes = NDArray[np.uint32]
@@ -145,6 +147,22 @@ def _widen(values: ArrayLike) -> Values:
         return np.asarray(values, dtype=np.float64)
 
 
+def bf16_bits(x: Values) -> NDArray[np.uint16]:
+    """float64 to uint16 codes, to nearest even, NaN to 0x7fff."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        near = x.astype(np.float32)
+    if not some(near != x):  # nor a NaN among them
+        bits = near.view(np.uint32)
+        return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    with np.errstate(invalid="ignore"):
+        error = x - near.astype(np.float64)
+    bits = near.view(np.uint32).astype(np.int64)
+    odd = np.isfinite(near) & (error != 0) & ((bits & 1) == 0)
+    bits = np.where(odd, bits + np.where((error > 0) == (x > 0), 1, -1), bits)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(x), 0x7FFF, rounded).astype(np.uint16)
+
+
 def _round(scaled: Values, negative: NDArray[np.bool_], rounding: Rounding) -> Values:
     """Magnitudes in units of the last place to whole ones."""
     if rounding == "rn":
@@ -194,6 +212,12 @@ def encode(name: str, values: ArrayLike, rounding: Rounding = "rn", *, satfinite
         raise ValueError(f"satfinite: {name} has neither infinity nor NaN, so PTX requires .satfinite")
     if rounding not in ("rn", "rna", "rz", "rm", "rp"):
         raise ValueError(f"rounding: {rounding!r} is unknown; known are rn, rna, rz, rm, rp")
+    if name in ("f16", "bf16") and rounding == "rn" and not satfinite and not relu:
+        if name == "bf16":
+            return bf16_bits(x).astype(np.uint32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            half = x.astype(np.float16)
+        return np.where(np.isnan(half), np.uint16(0x7FFF), half.view(np.uint16)).astype(np.uint32)
     negative = np.signbit(x)
     finite = np.isfinite(x)
     magnitude = np.where(finite, np.abs(x), 1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FULL", "FULL_KEY", "LANES", "NONE", "Mask", "bits_of", "mask_of", "one_lane"]
+__all__ = ["FULL", "FULL_KEY", "LANES", "NONE", "Mask", "bits_of", "mask_of", "one_lane", "some"]
 
 LANES = 32
 Mask = NDArray[np.bool_]
@@ -13,6 +13,11 @@ FULL: Mask = np.ones(LANES, dtype=np.bool_)
 FULL.flags.writeable = False
 FULL_KEY = FULL.tobytes()
 NONE = bytes(LANES)
+
+
+def some(mask: NDArray[np.bool_]) -> bool:
+    """mask.any(), in a tenth of the time where there are few lanes."""
+    return b"\1" in mask.tobytes()
 
 
 def bits_of(mask: Mask) -> int:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from glu4.emulator.formats import bf16_bits
 from glu4.emulator.isa import alu
 from glu4.emulator.isa.registry import Builder, Context, F, Modifiers, Step, U
 from glu4.emulator.isa.rounding import (
     LEAST32,
     add_exact,
-    bf16_bits,
     bf16_values,
     by_fractions,
     canonical,
@@ -28,6 +28,7 @@ from glu4.emulator.isa.rounding import (
     saturate,
     vanishes,
 )
+from glu4.emulator.lanes import some
 
 if TYPE_CHECKING:
     from glu4.emulator.split import Split
@@ -45,59 +46,47 @@ def is_float(mods: Modifiers) -> bool:
     return bool(mods.words) and mods.words[-1] in _FLOATS
 
 
-# values of a row, as parts that are computed alike
+# values of a row: one a lane, two of packed types, the lower half first; all are computed alike
 
 
-def _parts(kind: str) -> Callable[[Split, int], list[Array]]:
-    """A function that gives a row's values: float32 or float64 arrays, two of them for packed types."""
+def _reader(kind: str) -> Callable[[Split, int], Array]:
+    """A function that gives a row's values as float32 (f32, f32x2) or float64."""
     if kind in ("f32", "f64"):
-        return lambda w, row: [w.r[F][row]]
+        return lambda w, row: w.r[F][row]
     if kind == "f16":
-        return lambda w, row: [w.r[F][row].astype(np.float64)]
+        return lambda w, row: w.r[F][row].astype(np.float64)
     if kind == "bf16":
-        return lambda w, row: [bf16_values(w.r[U][row])]
-
-    def packed(w: Split, row: int) -> list[Array]:
-        words = w.r[U][row]
-        if kind == "f32x2":
-            pair = words.view(np.float32).reshape(-1, 2)
-            return [pair[:, 0], pair[:, 1]]
-        if kind == "f16x2":
-            pair = words.view(np.float16).reshape(-1, 2).astype(np.float64)
-            return [pair[:, 0], pair[:, 1]]
-        halves: Any = words.view(np.uint16).reshape(-1, 2)
-        return [bf16_values(halves[:, 0]), bf16_values(halves[:, 1])]
-
-    return packed
+        return lambda w, row: bf16_values(w.r[U][row])
+    if kind == "f32x2":
+        return lambda w, row: w.r[U][row].view(np.float32)
+    if kind == "f16x2":
+        return lambda w, row: w.r[U][row].view(np.float16).astype(np.float64)
+    return lambda w, row: bf16_values(w.r[U][row].view(np.uint16))
 
 
 def _f16_codes(x: Array) -> Array:
     half = x.astype(np.float16)
     codes = half.view(np.uint16)
     nan = np.isnan(half)
-    if nan.any():
+    if some(nan):
         codes = np.where(nan, np.uint16(0x7FFF), codes)
     return codes
 
 
-def _writer(kind: str) -> Callable[[Split, int, list[Array]], None]:
-    """The inverse of `_parts`: rounds to the type and writes the active lanes."""
+def _writer(kind: str) -> Callable[[Split, int, Array], None]:
+    """The inverse of `_reader`: rounds to the type and writes the active lanes."""
+    one = _f16_codes if kind.startswith("f16") else bf16_bits
+    # through integers: copying a float may quiet a NaN
+    word = {"f32": np.uint32, "f64": np.uint64, "f32x2": np.uint64}.get(kind)
 
-    def write(w: Split, row: int, parts: list[Array]) -> None:
-        target = w.r[F][row] if kind in ("f32", "f64") else w.r[U][row]
-        if kind in ("f32", "f64"):
-            # through integers: copying a float may quiet a NaN
-            bits = np.ascontiguousarray(parts[0]).view(np.uint32 if kind == "f32" else np.uint64)
-            np.copyto(w.r[U][row], bits, where=w.mask)
-            return
-        if kind == "f32x2":
-            codes = np.stack(parts, axis=1).view(np.uint64)[:, 0]
-        elif kind in ("f16", "bf16"):
-            codes = (_f16_codes if kind == "f16" else bf16_bits)(parts[0])
+    def write(w: Split, row: int, values: Array) -> None:
+        if word is not None:
+            codes: Array = np.ascontiguousarray(values).view(word)
         else:
-            one = _f16_codes if kind == "f16x2" else bf16_bits
-            codes = one(parts[0]).astype(np.uint32) | (one(parts[1]).astype(np.uint32) << np.uint32(16))
-        np.copyto(target, codes, where=w.mask)
+            codes = one(values)
+            if kind.endswith("x2"):
+                codes = codes.view(np.uint32)
+        np.copyto(w.r[U][row], codes, where=w.mask)
 
     return write
 
@@ -122,7 +111,7 @@ def _elementwise(
     carrier = _CARRIER.get(kind, kind)
     destination = context.destination(operands[0], carrier)
     sources = [context.source(o, carrier) for o in operands[1:]]
-    read, write = _parts(kind), _writer(kind)
+    read, write = _reader(kind), _writer(kind)
     half = kind.startswith(("f16", "bf16"))
     single = kind.startswith("f32")
 
@@ -142,13 +131,10 @@ def _elementwise(
         return canonical(x) if single else x
 
     def step(w: Split) -> None:
-        inputs = [read(w, row) for row in sources]
-        out: list[Array] = []
-        for values in zip(*inputs):
-            if ftz:
-                values = tuple(_half_flush(v, kind) if half else flush(v) for v in values)
-            out.append(finish(function(*values)))
-        write(w, destination, out)
+        values = [read(w, row) for row in sources]
+        if ftz:
+            values = [_half_flush(v, kind) if half else flush(v) for v in values]
+        write(w, destination, finish(function(*values)))
 
     return step
 
@@ -239,7 +225,7 @@ def _flushing(function: Callable[..., Array], exact: Callable[..., Array], mode:
 
     def run(*values: Array) -> Array:
         near = function(*values)
-        if (np.abs(near) == LEAST32).any():
+        if some(np.abs(near) == LEAST32):
             lost = vanishes(exact(*map(_wide, values)), near, LEAST32, lambda x: round_to_f32(x, mode))
             near = np.where(lost, np.copysign(np.float32(0.0), near), near)
         return near

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glu4.emulator.formats import convert_packed, encode
+from glu4.emulator.formats import bf16_bits, convert_packed, encode
 from glu4.emulator.isa.registry import Builder, Context, F, Modifiers, S, Step, U
 from glu4.emulator.isa.rounding import (
     LEAST32,
-    bf16_bits,
     bf16_values,
     canonical,
     flush,

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from glu4.emulator.lanes import some
+
 __all__ = [
     "LEAST32",
     "NAN32",
     "add_exact",
-    "bf16_bits",
     "bf16_values",
     "by_fractions",
     "canonical",
@@ -44,10 +45,11 @@ def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
 
 def to_odd(s: Array, e: Array) -> Array:
     """s + e rounded to odd, which can be rounded once more to a shorter format without error (Boldo and Melquiond 2008)."""
-    bits = np.ascontiguousarray(s).view(np.int64)
-    inexact = (e != 0) & np.isfinite(s) & np.isfinite(e) & ((bits & 1) == 0)
-    if not inexact.any():
+    inexact = e != 0
+    if not some(inexact):
         return s
+    bits = np.ascontiguousarray(s).view(np.int64)
+    inexact = inexact & np.isfinite(s) & np.isfinite(e) & ((bits & 1) == 0)
     step = np.where((e > 0) == (s > 0), 1, -1)
     return np.asarray(np.where(inexact, bits + step, bits)).view(np.float64)
 
@@ -78,7 +80,7 @@ def round_to_f32(x: Array, mode: str = "rn") -> Array:
 def flush(x: Array) -> Array:
     """Subnormal float32 values to zero of the same sign."""
     small = np.abs(x) < np.float32(2.0**-126)
-    return np.where(small, np.copysign(np.float32(0.0), x), x) if small.any() else x
+    return np.where(small, np.copysign(np.float32(0.0), x), x) if some(small) else x
 
 
 def saturate(x: Array) -> Array:
@@ -90,7 +92,7 @@ def saturate(x: Array) -> Array:
 def canonical(x: Array) -> Array:
     """float32 with every NaN made the one that PTX returns."""
     nan = np.isnan(x)
-    if nan.any():
+    if some(nan):
         x = x.copy()
         x.view(np.uint32)[nan] = NAN32
     return x
@@ -102,7 +104,7 @@ def inherit(result: Array, *operands: Array) -> Array:
     PTX leaves open which; the order of precedence is an H100's (tests/emulator/hardware).
     """
     nan = np.isnan(result)
-    if not nan.any():
+    if not some(nan):
         return result
     bits = np.where(nan, _NAN64, np.ascontiguousarray(result).view(np.uint64))
     for x in reversed(operands):
@@ -124,7 +126,7 @@ def vanishes(exact: Array, near: Array, least: float, rounded: Callable[[Array],
     rounds to the type.
     """
     at: Array = np.abs(near) == least
-    if not at.any():
+    if not some(at):
         return at
     return np.asarray(at & (np.abs(exact) < least) & (np.abs(rounded(exact * 256.0)) < least * 256.0))
 
@@ -132,18 +134,6 @@ def vanishes(exact: Array, near: Array, least: float, rounded: Callable[[Array],
 def bf16_values(codes: Array) -> Array:
     """uint16 codes to float64."""
     return (codes.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
-
-
-def bf16_bits(x: Array) -> Array:
-    """float64 to uint16 codes, to nearest even, NaN to 0x7fff."""
-    near = x.astype(np.float32)
-    with np.errstate(invalid="ignore"):
-        error = x - near.astype(np.float64)
-    bits = near.view(np.uint32).astype(np.int64)
-    odd = np.isfinite(near) & (error != 0) & ((bits & 1) == 0)
-    bits = np.where(odd, bits + np.where((error > 0) == (x > 0), 1, -1), bits)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(x), 0x7FFF, rounded).astype(np.uint16)
 
 
 def by_fractions(
