@@ -22,11 +22,14 @@ import numpy as np
 import pytest
 
 from glu4.backends.hopper.config import SHIPPED
+from glu4.backends.hopper.grouped_config import GROUPED_SHIPPED
 from glu4.backends.hopper.tokens import NVFP4, format_of
 from glu4.emulator.launch import emulate
+from gpu import sanitized_grouped
 from gpu.harness import Target
 from gpu.racecheck_control import CONTROLS, READERS, expected, ptx, source
 from gpu.sanitized import OWN, problem, types
+from grouped_twin import cuts, plan
 
 TOOLS = ("memcheck", "synccheck", "initcheck")
 ORDERED_COPIES = [name for name, control in CONTROLS.items() if control.ordered and control.copies]
@@ -122,6 +125,16 @@ def test_the_shipped_kernels_are_clean(hopper: Target, pytestconfig: pytest.Conf
 
 
 @pytest.mark.timeout(300, method="thread")
+@pytest.mark.parametrize("tool", TOOLS)
+def test_the_grouped_kernels_are_clean_whatever_the_offsets(hopper: Target, pytestconfig: pytest.Config, tool: str) -> None:
+    code, report = run_under(tool, pytestconfig.rootpath, program_module="gpu.sanitized_grouped")
+    assert errors_in(report) == 0, report[-4000:]
+    assert code == 0, report[-4000:]
+    assert report.count(": right") == len(GROUPED_SHIPPED) * len(sanitized_grouped.X_FORMATS)
+    assert report.count(": right") + report.count(": ran") == sanitized_grouped.RUNS
+
+
+@pytest.mark.timeout(300, method="thread")
 def test_racecheck_says_nothing_of_the_shipped_kernels_but_what_it_says_of_ordered_copies(
     hopper: Target, pytestconfig: pytest.Config
 ) -> None:
@@ -144,10 +157,11 @@ def test_racecheck_finds_a_planted_race(hopper: Target, pytestconfig: pytest.Con
 
 
 @pytest.mark.timeout(300, method="thread")
-def test_a_write_past_the_output_is_found(hopper: Target, pytestconfig: pytest.Config) -> None:
+@pytest.mark.parametrize("program", ["gpu.sanitized", "gpu.sanitized_grouped"])
+def test_a_write_past_the_output_is_found(hopper: Target, pytestconfig: pytest.Config, program: str) -> None:
     if not pytestconfig.getoption("--planted", default=False):
         pytest.skip("writes past an allocation; asked for with --planted")
-    _, report = run_under("memcheck", pytestconfig.rootpath, "--planted")
+    _, report = run_under("memcheck", pytestconfig.rootpath, "--planted", program_module=program)
     assert errors_in(report) > 0, report[-4000:]
     assert "Invalid __global__ write" in report, report[-4000:]
 
@@ -219,3 +233,17 @@ def test_the_problems_fill_tiles_in_part_and_use_every_stage_again(config) -> No
         assert -(-case.k // 64) > config.stages * config.stage_units * config.splits
         assert case.k % (64 * config.stage_units)
         assert (format_of(case.x) == NVFP4) == (x_format == OWN)
+
+
+@pytest.mark.parametrize("config", GROUPED_SHIPPED, ids=lambda c: c.name)
+def test_the_grouped_problem_shares_tiles_and_fills_them_in_part(config) -> None:  # type: ignore[no-untyped-def]
+    sizes, n, k = sanitized_grouped.SIZES, sanitized_grouped.N, sanitized_grouped.K
+    offsets = [0, *itertools.accumulate(sizes)]
+    tiles, costs = plan(offsets, offsets[-1], -(-n // (32 * config.rows)), config)
+    _, found = cuts(costs, -(-k // (64 * config.tile.stage_units)), 132, config)
+    assert any(step for _, step in found)
+    assert n % 32
+    assert k % 64
+    assert any(t.end - t.first < t.width for t in tiles)
+    assert 0 in sizes
+    assert 1 in sizes
