@@ -47,6 +47,23 @@ def test_fma(mode: str) -> None:
     same(op(f"fma.{mode}.f64 %d, %a, %b, %c;", "f64", ("f64", a), ("f64", b), ("f64", c)), libm("fma", mode, a, b, c))
 
 
+@pytest.mark.parametrize("exponent", [0, -100, -126], ids=["normal", "small", "subnormal"])
+def test_fma_just_beside_halfway(exponent: int) -> None:
+    """c plus half a unit of its last place and a hair more or less, which float64 does not hold."""
+    rng = np.random.default_rng(exponent % 7)
+    units = rng.integers(1 if exponent == -126 else 2**23, 2**23 if exponent == -126 else 2**24, 400).astype(np.float64)
+    c = np.ldexp(units, exponent - 23).astype(np.float32)
+    scale = 2.0 ** ((exponent - 24) / 2)
+    a = (rng.choice([-scale, scale], 400) * (1 + 2.0**-23)).astype(
+        np.float32
+    )  # a b is half (1 - 2^-46), or half (1 + 2^-22 + 2^-46)
+    b = (scale * (1 + rng.choice([-1, 1], 400) * 2.0**-23)).astype(np.float32)
+    right = libm("fmaf", "rn", a, b, c)
+    same(op("fma.rn.f32 %d, %a, %b, %c;", "f32", ("f32", a), ("f32", b), ("f32", c)), right)
+    twice = (a.astype(np.float64) * b + c.astype(np.float64)).astype(np.float32)
+    assert (twice != right).sum() > 50
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_add_and_mul(mode: str) -> None:
     a, b = floats(2)

@@ -23,6 +23,7 @@ from glu4.emulator.isa.rounding import (
     by_fractions,
     canonical,
     flush,
+    fma_to_f32,
     inherit,
     round_to_f32,
     saturate,
@@ -190,6 +191,8 @@ def _mul_function(kind: str, mode: str) -> Callable[..., Array]:
 
 def _fma_function(kind: str, mode: str) -> Callable[..., Array]:
     if kind.startswith("f32"):
+        if mode == "rn":
+            return fma_to_f32
 
         def single(a: Array, b: Array, c: Array) -> Array:
             product, wide = _wide(a) * _wide(b), _wide(c)

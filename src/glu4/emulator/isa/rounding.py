@@ -20,6 +20,7 @@ __all__ = [
     "by_fractions",
     "canonical",
     "flush",
+    "fma_to_f32",
     "inherit",
     "quiet",
     "round_to_f32",
@@ -57,6 +58,17 @@ def to_odd(s: Array, e: Array) -> Array:
 def add_exact(a: Array, b: Array) -> Array:
     """The float64 sum rounded to odd."""
     return to_odd(*two_sum(a, b))
+
+
+def fma_to_f32(a: Array, b: Array, c: Array) -> Array:
+    """a * b + c of float32 values, rounded once, to nearest."""
+    product, wide = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
+    total = product + wide
+    # rounding twice differs only where the first result lies halfway between two float32, or may do so among subnormal ones
+    halfway = (total.view(np.int64) & 0x1FFFFFFF) == 0x10000000
+    if some(halfway | ((np.abs(total) < LEAST32) & (total != 0.0))):
+        total = add_exact(product, wide)
+    return total.astype(np.float32)
 
 
 def round_to_f32(x: Array, mode: str = "rn") -> Array:
