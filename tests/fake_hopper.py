@@ -36,8 +36,13 @@ NVFP4_PARAMETERS = "=QiiQQiiQ" + PARAMETERS[3:]
 NVFP4_SIZES = [24, 24, *SIZES[2:]]
 GROUPED_PARAMETERS = "=iiQiii4xqqQi4xQi4xQi4xQQiiqQiiqifffQiiqQi4xQi4x"
 GROUPED_SIZES = [128, 8, 40, 16, 16, 16, 8, 24, 24, 4, 4, 4, 4, 24, 16, 16]
+# x and its rows instead of a tensor map; the index last
+GATHERING_PARAMETERS = "=Qiiq" + GROUPED_PARAMETERS[3:] + "Qiiq"
+GATHERING_SIZES = [24, *GROUPED_SIZES[2:], 24]
 DECODER_PARAMETERS = "=Qi4xQi4xQi4xi"
 DECODER_SIZES = [16, 16, 16, 4]
+GATHERER_PARAMETERS = "=QiiqQiiqQiiqQi4x"
+GATHERER_SIZES = [24, 24, 24, 16]
 TYPES = {6: torch.float16, 10: torch.bfloat16}  # in a tensor map
 CONTEXT = 77
 SHARED_BYTES = 200_000
@@ -182,9 +187,9 @@ class FakeCuda:
 def _parameters(spec: Spec) -> tuple[list[int], str]:
     """Sizes of a kernel's parameters, and how they are packed, but for a tensor map."""
     if isinstance(spec, DecodeSpec):
-        return DECODER_SIZES, DECODER_PARAMETERS
+        return (GATHERER_SIZES, GATHERER_PARAMETERS) if spec.gather else (DECODER_SIZES, DECODER_PARAMETERS)
     if isinstance(spec, GroupedSpec):
-        return GROUPED_SIZES, GROUPED_PARAMETERS
+        return (GATHERING_SIZES, GATHERING_PARAMETERS) if spec.config.gather else (GROUPED_SIZES, GROUPED_PARAMETERS)
     return (NVFP4_SIZES, NVFP4_PARAMETERS) if spec.nvfp4 else (SIZES, PARAMETERS)
 
 
@@ -211,8 +216,32 @@ def nvfp4_of(codes: int, scales: int, m: int, blocks: int) -> NVFP4Tensor:
     return NVFP4Tensor(code.clone(), scale.clone(), torch.tensor(1.0))
 
 
+def rows_of(order: int, tokens: int, top_k: int, row: int) -> list[int]:
+    """The row of x that each row of the work is, from an index in memory."""
+    assert row == top_k
+    assert order % 8 == 0
+    return (memory(order, (tokens, top_k), (row, 1), torch.int64).flatten() // top_k).tolist()
+
+
+def run_gatherer(launched: Launch) -> None:
+    """Decode the rows that an index asks for, as the kernel would."""
+    codes, tokens, words, row, scales, again, blocks, scale_row, *order, out, out_words = launched.parameters
+    assert (again, order[1], 2 * blocks) == (tokens, tokens, words)
+    rows = rows_of(*order)
+    assert out_words == 4 * len(rows) * words
+    assert (launched.block, launched.grid) == ((128, 1, 1), (len(rows), -(-words // 128), 1))
+    code = memory(codes, (tokens, 4 * words), (4 * row, 1), torch.uint8).clone()
+    scale = memory(scales, (tokens, blocks), (scale_row, 1), torch.uint8).clone().view(torch.float8_e4m3fn)
+    values = NVFP4Tensor(code, scale, torch.tensor(1.0)).decode(torch.float16)
+    memory(out, (len(rows), 8 * words), (8 * words, 1), torch.float16).copy_(values[rows])
+
+
 def run_decoder(launched: Launch) -> None:
     """Decode what the kernel would."""
+    assert isinstance(launched.spec, DecodeSpec)
+    if launched.spec.gather:
+        run_gatherer(launched)
+        return
     codes, words, scales, scale_bytes, out, out_words, swizzled = launched.parameters
     assert out_words == 4 * words
     assert launched.block == (128, 1, 1)
@@ -274,9 +303,22 @@ def run_grouped(launched: Launch) -> None:
     """Compute what a grouped kernel would, rows of no expert left alone."""
     spec = launched.spec
     assert isinstance(spec, GroupedSpec)
-    (rows, k, weights, experts, tiles, units, expert_stride, tile_stride, offsets, ends, gate_scale, gate_experts, up_scale,
+    head, rest, tail = launched.parameters[:2], launched.parameters[2:], ()
+    if spec.config.gather:
+        head, rest, tail = launched.parameters[:4], launched.parameters[4:-4], launched.parameters[-4:]
+    (weights, experts, tiles, units, expert_stride, tile_stride, offsets, ends, gate_scale, gate_experts, up_scale,
      up_experts, x_scale, gate_bias, bias_experts, bias_n, bias_row, up_bias, *again, flags, alpha, beta, limit, out, out_rows, n,
-     out_row, partials, partial_count, ready, ready_count) = launched.parameters  # fmt: skip
+     out_row, partials, partial_count, ready, ready_count) = rest  # fmt: skip
+    if spec.config.gather:
+        address, count, k, row = head
+        assert address % 16 == 0
+        assert row % 8 == 0
+        assert row >= k
+        index = rows_of(*tail)
+        rows, dtype = len(index), torch.bfloat16 if spec.x == "bf16" else torch.float16
+        tokens = memory(address, (count, k), (row, 1), dtype)[index].double()
+    else:
+        (rows, k), tokens = head, tokens_of(launched).double()
     assert (ends, gate_experts, up_experts, bias_experts) == (experts + 1, experts, experts, experts)
     assert (bias_n, bias_row, again, out_rows) == (n, n, [experts, n, n], rows)
     assert (expert_stride, tile_stride) == (tiles * units * UNIT_WORDS, units * UNIT_WORDS)
@@ -288,7 +330,7 @@ def run_grouped(launched: Launch) -> None:
     packed = memory(weights, (experts, tiles, units, UNIT_WORDS), (expert_stride, tile_stride, UNIT_WORDS, 1), torch.int32)
     memory(weights + packed.nbytes, (UNIT_WORDS,), (1,), torch.int32).sum()  # the spare unit, which a stage may read
     bounds = memory(offsets, (ends,), (1,), torch.int32).tolist()
-    tokens, one = tokens_of(launched).double(), torch.tensor(1.0)
+    one = torch.tensor(1.0)
     assert tokens.shape == (rows, k)
     factor = float(memory(x_scale, (1,), (1,), torch.float32)) if flags & 1 else 1.0
     scales = [memory(s, (experts,), (1,), torch.float32).tolist() for s in (gate_scale, up_scale)]

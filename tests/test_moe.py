@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glu4 import GatedWeights, NVFP4Tensor, grouped_dual_gemm, moe, moe_combine, moe_gate_up, quantize, reference, swiglu_oai
+from glu4 import GatedWeights, NVFP4Tensor, grouped_dual_gemm, moe_combine, moe_gate_up, quantize, reference, swiglu_oai
 from glu4.moe import Routing, sort_by_expert
+from glu4.nvfp4 import gather_rows
 from glu4.verify.case import Case
 from glu4.verify.checker import check
 from operands import full_range
@@ -122,7 +123,7 @@ def test_the_largest_and_the_smallest_routing(count: int, top_k: int, tokens: in
     hidden, routing = moe_gate_up(x, ids, weights, out_dtype=torch.float32)
     again, _ = moe_gate_up(x, ids.int(), weights, out_dtype=torch.float32)
     assert torch.equal(hidden, again)
-    rows = moe._gathered(x, routing.order // top_k)
+    rows = gather_rows(x, routing.order.view(tokens, top_k))
     case = Case("all", 0, rows, weights.gate, weights.up, out_dtype=torch.float32, group_offsets=routing.group_offsets)
     verdict = check(case, hidden)
     assert verdict.ok, verdict.summary()

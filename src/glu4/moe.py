@@ -17,7 +17,7 @@ from torch import Tensor
 
 from glu4 import ops
 from glu4.activation import SILU, Activation
-from glu4.nvfp4 import NVFP4Tensor, _unchecked
+from glu4.nvfp4 import NVFP4Tensor
 from glu4.weights import GatedWeights
 
 __all__ = ["Routing", "moe_combine", "moe_gate_up", "sort_by_expert"]
@@ -54,15 +54,6 @@ def sort_by_expert(topk_ids: Tensor, experts: int) -> Routing:
     found, order = torch.sort(keys, stable=True)
     edges = torch.arange(experts + 1, dtype=torch.int32, device=ids.device)
     return Routing(order, torch.searchsorted(found, edges, out_int32=True))
-
-
-def _gathered(x: Tensor | NVFP4Tensor, tokens: Tensor) -> Tensor | NVFP4Tensor:
-    """Rows `tokens` of x `[T, K]`; of NVFP4 the codes and the scales, under the one global scale."""
-    if not isinstance(x, NVFP4Tensor):
-        return x.index_select(0, tokens)
-    # as bytes: torch gathers no float8 on some devices
-    scale = x.block_scale.view(torch.uint8).index_select(0, tokens).view(torch.float8_e4m3fn)
-    return _unchecked(x.codes.index_select(0, tokens), scale, x.global_scale)
 
 
 def _check_tokens(x: Tensor | NVFP4Tensor, topk_ids: Tensor, weights: GatedWeights) -> None:
@@ -107,10 +98,9 @@ def moe_gate_up(
     """
     _check_tokens(x, topk_ids, weights)
     routing = sort_by_expert(topk_ids, weights.shape[0])
-    top_k = max(1, topk_ids.shape[1])
-    rows = _gathered(x, torch.div(routing.order, top_k, rounding_mode="floor"))
-    hidden = ops.grouped_dual_gemm(
-        rows, weights, routing.group_offsets, activation=activation, out_dtype=out_dtype, out=out, backend=backend
+    order, offsets = routing.order.view(topk_ids.shape), routing.group_offsets
+    hidden = ops.gathered_dual_gemm(
+        x, weights, offsets, order, activation=activation, out_dtype=out_dtype, out=out, backend=backend
     )
     return hidden, routing
 

@@ -468,3 +468,14 @@ def _given_global_scale(given: Tensor | float | None, batch: torch.Size, device:
     ):
         raise ValueError(f"global_scale: expected positive finite multipliers, got {given.tolist()}")
     return given
+
+
+def gather_rows(x: Tensor | NVFP4Tensor, order: Tensor) -> Tensor | NVFP4Tensor:
+    """Rows order // top_k of x `[T, K]`, `[T * top_k, K]`, by torch; of NVFP4 the codes and the scales, under the one global
+    scale. order: int64 `[T, top_k]`."""
+    rows = torch.div(order.flatten(), max(1, order.shape[1]), rounding_mode="floor")
+    if not isinstance(x, NVFP4Tensor):
+        return x.index_select(0, rows)
+    # as bytes: torch gathers no float8 on some devices
+    scale = x.block_scale.view(torch.uint8).index_select(0, rows).view(torch.float8_e4m3fn)
+    return _unchecked(x.codes.index_select(0, rows), scale, x.global_scale)

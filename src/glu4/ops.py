@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from glu4.backends.hopper import launch as hopper
 from glu4.backends.hopper.pack import UNIT_WORDS
 from glu4.eager import ordinary, unwatched
 from glu4.errors import UnsupportedError
-from glu4.nvfp4 import NVFP4Tensor, _unchecked
+from glu4.nvfp4 import NVFP4Tensor, _unchecked, gather_rows
 from glu4.problem import check_dense, check_grouped, check_offsets, dense_problem, grouped_problem
 from glu4.weights import GatedWeights, LinearWeight, outline, pack, unpack
 
@@ -154,20 +155,28 @@ def _run_grouped_dual_gemm(
     constants: list[float],
     check: bool,
     backend: str,
+    order: Tensor | None = None,
 ) -> None:
+    # order, int64 [T, top_k]: x is [T, K], and row r of the work is its row order[r] // top_k
     act = Activation(activation, *constants)
     operand, scales = _operand(x), (gate[-1], up[-1])
     matrices = None if len(gate) == 1 else (_nvfp4(gate), _nvfp4(up))
     first = outline(out.shape[-1], operand.shape[-1], scales[0]) if matrices is None else matrices[0]
     has_bias = gate_bias is not None or up_bias is not None
     problem = grouped_problem(operand, first, activation=act, out_dtype=out.dtype, has_bias=has_bias)
-    _debug_offsets(group_offsets, operand.shape[0], check)
-    if dispatch.select(problem, out.device, backend or None) == "hopper":
+    if order is not None:
+        problem = replace(problem, rows=order.numel())
+    _debug_offsets(group_offsets, problem.rows, check)
+    chosen = dispatch.select(problem, out.device, backend or None)
+    if order is not None and chosen != "hopper":
+        operand = gather_rows(operand, order)
+    if chosen == "hopper":
         if packed is None:
             assert matrices is not None
             dispatch.warn_once(_PACKED_EACH_CALL)
             packed = pack(matrices)
-        grouped_launch.grouped(out, operand, _whole(packed), group_offsets, scales, (gate_bias, up_bias), act, problem)
+        biases = (gate_bias, up_bias)
+        grouped_launch.grouped(out, operand, _whole(packed), group_offsets, scales, biases, act, problem, order=order)
         return
     if matrices is None:
         assert packed is not None
@@ -405,11 +414,48 @@ def grouped_dual_gemm(
     uninitialised. Offsets that are not as stated and not checked give wrong rows, but no access outside x and `out`. Other
     arguments and errors as for `dual_gemm`.
     """
-    w = _split(weights)
+    return _grouped(x, _split(weights), group_offsets, None, activation, out_dtype, out, backend, check_offsets)
+
+
+def gathered_dual_gemm(
+    x: Operand,
+    weights: GatedWeights,
+    group_offsets: Tensor,
+    order: Tensor,
+    *,
+    activation: Activation,
+    out_dtype: torch.dtype | None,
+    out: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    """`grouped_dual_gemm` of rows order // top_k of x `[T, K]`, `[T * top_k, N]`; order int64 `[T, top_k]`, by expert.
+
+    Where a kernel gathers faster as it loads, no gathered x is made. The same bits either way.
+    """
+    return _grouped(x, weights, group_offsets, order, activation, out_dtype, out, backend, False)
+
+
+def _grouped(
+    x: Operand,
+    w: GatedWeights,
+    group_offsets: Tensor,
+    order: Tensor | None,
+    activation: Activation,
+    out_dtype: torch.dtype | None,
+    out: Tensor | None,
+    backend: str | None,
+    check_offsets: bool,
+) -> Tensor:
     biases = {"gate_bias": w.gate_bias, "up_bias": w.up_bias}
     named = dict(zip(("gate", "up"), w.outlines, strict=True))
-    dtype = check_grouped(x, named, group_offsets, biases=biases, activation=activation, out_dtype=out_dtype, out=out)
-    target = _target(x, w.shape[-2], False, dtype, out)
+    rows = None if order is None else order.numel()
+    dtype = check_grouped(
+        x, named, group_offsets, biases=biases, activation=activation, out_dtype=out_dtype, out=out, rows=rows
+    )
+    if order is None:
+        target = _target(x, w.shape[-2], False, dtype, out)
+    else:
+        target = torch.empty((order.numel(), w.shape[-2]), dtype=dtype, device=x.device) if out is None else out
     _prepared(w, x, dtype, backend, grouped=True)
     _call(
         _grouped_dual_gemm,
@@ -425,8 +471,9 @@ def grouped_dual_gemm(
         _constants(activation),
         check_offsets,
         backend or "",
+        order,
     )
-    return _result(x, target, out)
+    return _result(x, target, out) if order is None else target
 
 
 def grouped_linear(

@@ -311,8 +311,9 @@ def check_grouped(
     activation: Activation = SILU,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    rows: int | None = None,
 ) -> torch.dtype:
-    """Validate a mixture-of-experts call; returns the output's dtype.
+    """Validate a mixture-of-experts call; returns the output's dtype. rows: of the output, where x has others.
 
     `weights` holds gate and up (grouped_dual_gemm) or weight (grouped_linear), by argument name. The values of
     `group_offsets` stay on the device and are not looked at.
@@ -342,7 +343,7 @@ def check_grouped(
         raise TypeError(f"activation: expected a glu4.Activation such as glu4.SILU, got {activation!r}")
     dtype = _out_dtype(x, out_dtype, out)
     _check_biases(x, (experts, first.rows), biases)
-    _check_out(x, out, (x.shape[0], first.rows), dtype)
+    _check_out(x, out, (x.shape[0] if rows is None else rows, first.rows), dtype)
     return dtype
 
 

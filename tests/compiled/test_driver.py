@@ -20,6 +20,8 @@ import torch
 from fake_hopper import (
     CONTEXT,
     DECODER_PARAMETERS,
+    GATHERER_PARAMETERS,
+    GATHERING_PARAMETERS,
     NVFP4_PARAMETERS,
     PARAMETERS,
     SIZES,
@@ -29,9 +31,11 @@ from fake_hopper import (
 )
 from glu4 import UnsupportedError
 from glu4.backends.hopper.config import Config
+from glu4.backends.hopper.grouped_config import GATHER_CONFIGS
+from glu4.backends.hopper.grouped_launch import _GATHERING
 from glu4.backends.hopper.launch import _NVFP4_PARAMETERS, _PARAMETERS, _VARIED
-from glu4.backends.hopper.spec import DecodeSpec, KernelSpec, Spec
-from glu4.backends.hopper.tokens import _DECODER_PARAMETERS
+from glu4.backends.hopper.spec import DecodeSpec, GroupedSpec, KernelSpec, Spec
+from glu4.backends.hopper.tokens import _DECODER_PARAMETERS, _GATHERER_PARAMETERS
 from glu4.compiled import driver
 from glu4.compiled.driver import Kernel, Repeat
 
@@ -149,10 +153,12 @@ def test_attributes(monkeypatch: pytest.MonkeyPatch, pdl: bool, cluster: tuple[i
 UNMAPPED = (
     (KernelSpec(Config(8, 1, 3, 1, 2), "nvfp4", "f16", True), _NVFP4_PARAMETERS, NVFP4_PARAMETERS + "x"),
     (DecodeSpec(), _DECODER_PARAMETERS, DECODER_PARAMETERS),
+    (DecodeSpec(gather=True), _GATHERER_PARAMETERS, GATHERER_PARAMETERS),
+    (GroupedSpec(GATHER_CONFIGS[0], "f16", "f16"), _GATHERING, GATHERING_PARAMETERS),
 )
 
 
-@pytest.mark.parametrize(("spec", "formats", "form"), UNMAPPED, ids=["nvfp4", "decoder"])
+@pytest.mark.parametrize(("spec", "formats", "form"), UNMAPPED, ids=["nvfp4", "decoder", "gatherer", "gathering"])
 @pytest.mark.parametrize("cluster", [(1, 1, 1), (1, 2, 1)])
 def test_what_a_launch_without_a_tensor_map_is_given(
     monkeypatch: pytest.MonkeyPatch, spec: Spec, formats: Sequence[str], form: str, cluster: tuple[int, int, int]

@@ -92,28 +92,39 @@ class Experts:
         w = full_range(100 + seed, n, k)
         return NVFP4Tensor(w.codes, w.block_scale, torch.tensor(0.0002 * (seed + 1)))
 
-    def run(self, text: str, config: GroupedConfig, ctas: int = 3, schedule: str = "eager", seed: int = 0,
-            offsets: list[int] | None = None) -> Result:  # fmt: skip
-        n, k, experts, rows = self.n, self.k, self.experts, self.x.shape[0]
-        packed = torch.stack([pack_gated(g, u) for g, u in zip(self.gates, self.ups)])
-        _, tiles, units, _ = packed.shape
+    def tokens(self, config: GroupedConfig) -> list[dict[str, Any]]:
+        """The parameters that describe x."""
+        rows, k = self.x.shape
         box = {
             "buffer": "x", "element_type": "f16", "global_shape": [k, rows], "global_strides_bytes": [2 * k],
             "box_shape": [64, config.box], "swizzle": "128B",
         }  # fmt: skip
+        return [{"tensor_map": box}, fields("ii", rows, k)]
+
+    def index(self) -> list[dict[str, Any]]:
+        """The parameters after all others."""
+        return []
+
+    def sources(self) -> dict[str, np.ndarray]:
+        return {"x": self.x.view(torch.uint16).numpy()}
+
+    def run(self, text: str, config: GroupedConfig, ctas: int = 3, schedule: str = "eager", seed: int = 0,
+            offsets: list[int] | None = None) -> Result:  # fmt: skip
+        n, experts, rows = self.n, self.experts, self.x.shape[0]
+        packed = torch.stack([pack_gated(g, u) for g, u in zip(self.gates, self.ups)])
+        _, tiles, units, _ = packed.shape
         words = fields("iii4xqq", experts, tiles, units, tiles * units * UNIT_WORDS, units * UNIT_WORDS)
         sizes = {"partials": ctas * config.rows * 64 * config.tokens, "ready": ctas * config.rows}
         scales = [{"pack": [{"ptr": name}, fields("i4x", experts)]} for name in ("gate", "up")]
         biases = [{"pack": [{"ptr": name}, fields("iiq", experts, n, n)]} for name in ("gate_bias", "up_bias")]
         params = [
-            {"tensor_map": box}, fields("ii", rows, k), {"pack": [{"ptr": "w"}, words]},
+            *self.tokens(config), {"pack": [{"ptr": "w"}, words]},
             {"pack": [{"ptr": "offsets"}, fields("i4x", experts + 1)]}, *scales, {"ptr": "gate"}, *biases, {"i32": 6},
             {"f32": SILU.alpha}, {"f32": SILU.beta}, {"f32": SILU.limit},
             {"pack": [{"ptr": "c"}, fields("iiq", rows, n, n)]},
-            *({"pack": [{"ptr": name}, fields("i4x", size)]} for name, size in sizes.items()),
+            *({"pack": [{"ptr": name}, fields("i4x", size)]} for name, size in sizes.items()), *self.index(),
         ]  # fmt: skip
-        buffers = {
-            "x": self.x.view(torch.uint16).numpy(),
+        buffers = self.sources() | {
             "w": np.concatenate([packed.numpy().view(np.uint32).ravel(), np.zeros(UNIT_WORDS, np.uint32)]),
             "offsets": np.array(offsets or self.offsets, np.int32),
             "gate": torch.stack([w.global_scale for w in self.gates]).numpy(),
@@ -126,7 +137,7 @@ class Experts:
         }
         launch = {
             "grid": [ctas], "block": [config.threads], "dynamic_smem": config.shared_bytes, "params": params,
-            "dependent": ["x", "offsets", "c", "partials", "ready"],
+            "dependent": [*self.sources(), "offsets", "c", "partials", "ready"],
         }  # fmt: skip
         return emulate(load(text), launch, buffers, schedule_name=schedule, seed=seed)
 

@@ -76,7 +76,7 @@ def _arguments(spec: Spec) -> tuple[Any, ...]:
     from cutlass import cute
     from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-    from glu4.backends.hopper.decode_tokens import DecodeTokens
+    from glu4.backends.hopper.decode_tokens import DecodeTokens, GatherTokens
     from glu4.backends.hopper.dual_gemm import DualGemm
     from glu4.backends.hopper.pack import UNIT_WORDS
 
@@ -87,6 +87,12 @@ def _arguments(spec: Spec) -> tuple[Any, ...]:
         codes = make_fake_tensor(cutlass.Uint32, (words,), (1,), assumed_align=4)
         scales = make_fake_tensor(cutlass.Uint8, (scale_bytes,), (1,), assumed_align=1)
         out = make_fake_tensor(cutlass.Uint32, (cute.sym_int(),), (1,), assumed_align=16)
+        if spec.gather:
+            rows = cute.sym_int()
+            codes = make_fake_tensor(cutlass.Uint32, (rows, words), (cute.sym_int64(), 1), assumed_align=4)
+            scales = make_fake_tensor(cutlass.Uint8, (rows, scale_bytes), (cute.sym_int64(), 1), assumed_align=1)
+            order = make_fake_tensor(cutlass.Int64, (rows, cute.sym_int()), (cute.sym_int64(), 1), assumed_align=8)
+            return GatherTokens(), codes, scales, order, out, make_fake_stream()
         return DecodeTokens(), codes, scales, out, cutlass.Int32(0), make_fake_stream()
     types = {"f16": cutlass.Float16, "bf16": cutlass.BFloat16}
     m, n, k = cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=16)

@@ -1,9 +1,10 @@
-"""NVFP4 activations to fp16, exact, in two ways. Device code, in CuTe DSL.
+"""NVFP4 activations to fp16, exact, in three ways. Device code, in CuTe DSL.
 
 `produce_tokens`: warps of the kernel that multiplies decode into its stages, where a tile has few tokens.
 `DecodeTokens`: sm90_decode_tokens, a kernel of its own ahead of it, where decoding the same tokens in every CTA would cost
 more. It waits for the kernel that writes the activations (griddepcontrol, PTX ISA), while the multiplying kernel behind it may
 already fetch weights.
+`GatherTokens`: the same of the rows that an index asks for, so that tokens sorted by expert never lie in memory as NVFP4.
 
 A value is e2m1 * e4m3: six significand bits at most, from 2^-10 to 2688 in magnitude; fp16 holds it, and 2^-7 of it, exactly.
 The tensor's global scale is not applied here; the multiplying kernel takes it into its float32 epilogue.
@@ -180,3 +181,30 @@ class DecodeTokens:
             atoms = (width // 2 + 3) // 4
             index = ((row // 128) * atoms + column // 4) * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4
         return index
+
+
+class GatherTokens:
+    """Arguments at launch: codes [T, words] of eight each and scale bytes [T, words / 2], rows dense or not; order int64
+    [T, top_k]; out, four words for each word of codes, row by row: row r is of token order[r] / top_k. A CTA takes
+    DECODE_THREADS words of one row."""
+
+    @cute.jit
+    def __call__(self, codes: cute.Tensor, scales: cute.Tensor, order: cute.Tensor, out: cute.Tensor, stream: CUstream):
+        grid = (cute.size(order), cute.ceil_div(codes.shape[1], DECODE_THREADS), 1)
+        self.kernel(codes, scales, order, out).launch(grid=grid, block=(DECODE_THREADS, 1, 1), stream=stream)
+
+    @cute.kernel
+    def kernel(self, codes: cute.Tensor, scales: cute.Tensor, order: cute.Tensor, out: cute.Tensor):
+        thread, _, _ = cute.arch.thread_idx()
+        row, part, _ = cute.arch.block_idx()
+        words = codes.shape[1]
+        word = part * DECODE_THREADS + thread
+        cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()
+        if word < words:
+            token = Int32(Uint32(order.iterator[row]) // Uint32(order.shape[1]))
+            code, scale_byte = codes[token, word], Uint32(scales[token, word // 2])
+            values = _decode(code, _factor(scale_byte))
+            for pair in cutlass.range_constexpr(4):
+                values[pair] = asm_u32(_PRODUCT, values[pair], _TWO_TO_7)
+            store_16_bytes(out.iterator.toint() + (Int64(row) * words + word) * 16, values)

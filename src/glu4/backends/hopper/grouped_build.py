@@ -27,12 +27,16 @@ def arguments(config: GroupedConfig, x: str, out: str) -> tuple[Any, ...]:
     offsets = make_fake_tensor(cutlass.Int32, (cute.sym_int(),), (1,), assumed_align=4)
     scales = [make_fake_tensor(cutlass.Float32, (size,), (1,), assumed_align=4) for size in (experts, experts, 1)]
     biases = [make_fake_tensor(cutlass.Float32, (experts, n), (cute.sym_int64(), 1), assumed_align=4) for _ in range(2)]
-    result = make_fake_tensor(types[out], (m, n), (cute.sym_int64(), 1), assumed_align=2)
     partials = make_fake_tensor(cutlass.Float32, (cute.sym_int(),), (1,), assumed_align=16)
     ready = make_fake_tensor(cutlass.Int32, (cute.sym_int(),), (1,), assumed_align=4)
     constants = [cutlass.Float32(0.0) for _ in range(3)]
+    order = (
+        make_fake_tensor(cutlass.Int64, (m, cute.sym_int()), (cute.sym_int64(), 1), assumed_align=8) if config.gather else None
+    )
+    rows = cute.sym_int() if config.gather else m
+    result = make_fake_tensor(types[out], (rows, n), (cute.sym_int64(), 1), assumed_align=2)
     kernel = GroupedGemm(config, types[x], types[out])
     return (
         kernel, tokens, weights, offsets, *scales, *biases, cutlass.Int32(0), *constants, result, partials,
-        ready, cutlass.Int32(1), make_fake_stream(),
+        ready, cutlass.Int32(1), order, make_fake_stream(),
     )  # fmt: skip

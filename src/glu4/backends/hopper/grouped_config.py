@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from glu4.backends.hopper.config import TILE_K, UNIT_BYTES, WARPGROUP, Config
 from glu4.problem import GroupedProblem
 
-__all__ = ["GROUPED_SHIPPED", "MAX_EXPERTS", "GroupedConfig", "grouped_candidates", "grouped_legal"]
+__all__ = ["GATHER_CONFIGS", "GROUPED_SHIPPED", "MAX_EXPERTS", "GroupedConfig", "grouped_candidates", "grouped_legal"]
 
 MAX_EXPERTS = 512
 # costs in tokens of one step along K
@@ -29,6 +29,7 @@ class GroupedConfig:
     least    no tile is cut within so many stages along K of its begin or end
     share    tiles are shared where a CTA of one row group gains more than that many tokens of one stage along K; above what
              the exchange of sums takes, as shared tiles cost clock (docs/notebook-hopper.md, section 7)
+    gather   rows of x are found by an index and copied in pieces of 16 bytes, instead of boxes of rows sorted by expert
     """
 
     tokens: int = 128
@@ -38,6 +39,7 @@ class GroupedConfig:
     steps: int = 4
     least: int = 4
     share: int = 6000
+    gather: bool = False
 
     def __post_init__(self) -> None:
         if self.grain < 8 or self.grain % 8 or self.tokens % self.grain:
@@ -50,6 +52,8 @@ class GroupedConfig:
             raise ValueError(f"least: expected 1 or more stages, got {self.least}")
         if not 0 <= self.share < 1 << 20:
             raise ValueError(f"share: expected 0 to 2^20, got {self.share}")
+        if self.gather and self.tokens % 32:
+            raise ValueError(f"gather: a warp holds an index a lane, and tokens is no multiple of 32 but {self.tokens}")
 
     @property
     def tile(self) -> Config:
@@ -59,7 +63,7 @@ class GroupedConfig:
     @property
     def name(self) -> str:
         least = "" if (self.least, self.share) == (4, 6000) else f"l{self.least}s{self.share}"
-        return f"t{self.tokens}r{self.rows}d{self.steps}b{self.box}w{self.grain}{least}"
+        return f"t{self.tokens}r{self.rows}d{self.steps}b{self.box}w{self.grain}{least}{'i' * self.gather}"
 
     @property
     def widths(self) -> range:
@@ -85,6 +89,11 @@ class GroupedConfig:
     def box_bytes(self) -> int:
         """What one tensor copy brings."""
         return self.box * TILE_K * 2
+
+    @property
+    def producers(self) -> int:
+        """Arrivals that fill a stage: of who announces its bytes, and with `gather` of every thread that copies tokens."""
+        return 1 + self.gather * self.tile.stage_units * 32
 
     @property
     def staged_tokens(self) -> int:
@@ -131,6 +140,7 @@ _FEW = GroupedConfig(64, 4, 32, 8, 2)
 _MANY = GroupedConfig(128, 4, 32, 8, 2)
 _WIDE = GroupedConfig(256, 2, 32, 16, 4)
 GROUPED_SHIPPED = (_FEW, _MANY, _WIDE)
+GATHER_CONFIGS = tuple(replace(c, gather=True) for c in GROUPED_SHIPPED)  # the same bits, of tokens that lie unsorted
 
 
 def grouped_legal(config: GroupedConfig, problem: GroupedProblem) -> str | None:
@@ -146,8 +156,8 @@ def grouped_legal(config: GroupedConfig, problem: GroupedProblem) -> str | None:
     return None
 
 
-def grouped_candidates(problem: GroupedProblem) -> Iterator[GroupedConfig]:
-    """The shipped configurations that may run `problem`, best first.
+def grouped_candidates(problem: GroupedProblem, gather: bool = False) -> Iterator[GroupedConfig]:
+    """The shipped configurations that may run `problem`, best first; with `gather` their twins that find rows by an index.
 
     The host knows the mean of an expert's tokens alone; tiles follow each expert's own count on the device.
     """
@@ -155,4 +165,4 @@ def grouped_candidates(problem: GroupedProblem) -> Iterator[GroupedConfig]:
     order = (_FEW, _MANY, _WIDE) if mean <= 16 else (_MANY, _WIDE, _FEW)
     if 96 < mean <= 192 and problem.experts <= 16:
         order = (_WIDE, _MANY, _FEW)
-    return (config for config in order if grouped_legal(config, problem) is None)
+    return (replace(config, gather=gather) for config in order if grouped_legal(config, problem) is None)

@@ -14,6 +14,10 @@ then equal parts of what remains, cut along K too. Who begins a tile leaves floa
 
 Rows beyond offsets[experts] are not written, and wrong offsets lead to no access outside x and out: each is clamped
 to [0, rows].
+
+With `gather` tokens lie in x as they came, and the warps that load them find each row of the work in `order`, as the sort by
+expert left it: an index a lane, handed round by shuffles, and pieces of 16 bytes by cp.async, which arrive at a barrier
+once they are there. The consumers fence proxies, since cp.async is not of the async proxy that wgmma reads through (PTX ISA).
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ from glu4.backends.hopper.grouped_schedule import PLAN_WORDS, Schedule
 from glu4.backends.hopper.instructions import (
     arrive_if,
     await_flag,
+    copy_async,
     multiply_by_width,
     raise_flag,
     store_16_bytes,
@@ -49,7 +54,8 @@ Int32, Int64, Uint32, Float32 = cutlass.Int32, cutlass.Int64, cutlass.Uint32, cu
 class GroupedGemm(DualGemm):
     """Arguments at launch, besides the dense kernel's: weights int32 [experts, tiles, units, 576], offsets int32 [experts + 1],
     gate_scale and up_scale float32 [experts], biases float32 [experts, n]; partials float32 [ctas, rows x 64 x tokens], ready
-    int32 [ctas, rows], zero before and after; and `ctas`, how many of them stay."""
+    int32 [ctas, rows], zero before and after; `ctas`, how many of them stay; with `gather` order int64 [T, top_k] of x [T, k]:
+    row r of the work, and of out [T * top_k, n], is x's row order[r] / top_k."""
 
     def __init__(self, config: GroupedConfig, x_type: Any, out_type: Any) -> None:
         super().__init__(config.tile, x_type, out_type, dual=True)
@@ -80,13 +86,16 @@ class GroupedGemm(DualGemm):
         partials: cute.Tensor,
         ready: cute.Tensor,
         ctas: Int32,
+        order: cute.Tensor | None,
         stream: CUstream,
     ):
         g, c = self.grouped, self.config
         units = cutlass.const_expr(g.stages * c.stage_units)
         boxes = self.token_layout(g.box, units * (c.tokens // g.box))
-        one_box = cute.slice_(boxes, (None, None, 0))
-        load_x, tokens = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), x, one_box, (g.box, TILE_K))
+        load_x, tokens = None, x
+        if cutlass.const_expr(not g.gather):
+            one_box = cute.slice_(boxes, (None, None, 0))
+            load_x, tokens = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), x, one_box, (g.box, TILE_K))
 
         @cute.struct
         class Shared:
@@ -103,13 +112,13 @@ class GroupedGemm(DualGemm):
         self.shared = Shared
         self.kernel(
             load_x, tokens, weights, offsets, gate_scale, up_scale, x_scale, gate_bias, up_bias, flags, alpha, beta, limit, out,
-            partials, ready, boxes,
+            partials, ready, boxes, order,
         ).launch(grid=(ctas, 1, 1), block=(g.threads, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
 
     @cute.kernel
     def kernel(
         self,
-        load_x: cute.CopyAtom,
+        load_x: cute.CopyAtom,  # None with `gather`
         x: cute.Tensor,
         weights: cute.Tensor,
         offsets: cute.Tensor,
@@ -126,6 +135,7 @@ class GroupedGemm(DualGemm):
         partials: cute.Tensor,
         ready: cute.Tensor,
         boxes: cute.ComposedLayout,
+        tokens_of: cute.Tensor | None,
     ):
         g, c = self.grouped, self.config
         thread, _, _ = cute.arch.thread_idx()
@@ -133,15 +143,16 @@ class GroupedGemm(DualGemm):
         group = cute.arch.make_warp_uniform(thread // WARPGROUP)
 
         # ---- shared memory and barriers ----
-        if warp == 0:
-            cpasync.prefetch_descriptor(load_x)
+        if cutlass.const_expr(not g.gather):
+            if warp == 0:
+                cpasync.prefetch_descriptor(load_x)
         shared = SmemAllocator().allocate(self.shared)
         pipe = pipeline.PipelineTmaAsync.create(
             barrier_storage=shared.barriers.data_ptr(),
             num_stages=g.stages,
-            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, g.producers),
             consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 4 * c.rows),
-            tx_count=c.stage_bytes,
+            tx_count=g.weight_bytes if g.gather else c.stage_bytes,
             cta_layout_vmnk=cute.make_layout((1, 1, 1, 1)),
         )
         stage_words = UNIT_WORDS * c.stage_units
@@ -162,7 +173,8 @@ class GroupedGemm(DualGemm):
         # everything follows from the offsets, which the kernel before this one may write
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        rows, experts = x.shape[0], weights.shape[0]
+        rows = cute.size(tokens_of) if cutlass.const_expr(g.gather) else x.shape[0]
+        experts = weights.shape[0]
         row_tiles = cute.ceil_div(out.shape[1], c.rows * 32)
         steps = (weights.shape[2] + c.stage_units - 1) // c.stage_units
         self.schedule.compute(offsets, rows, starts, costs, order, bounds, notes, thread)
@@ -183,7 +195,9 @@ class GroupedGemm(DualGemm):
                             weights[(expert, 0, 0, None)].iterator,
                             cute.make_layout(weights.shape[1:], stride=weights.stride[1:]),
                         )
-                        expected = g.weight_bytes + c.stage_units * self.boxes(width) * g.box_bytes
+                        expected = Int32(g.weight_bytes)
+                        if cutlass.const_expr(not g.gather):
+                            expected = g.weight_bytes + c.stage_units * self.boxes(width) * g.box_bytes
                         for k in cutlass.range(first_step, end_step, unroll=1):
                             pipe.sync_object_empty.wait(state.index, state.phase)
                             with cute.arch.elect_one():
@@ -193,7 +207,13 @@ class GroupedGemm(DualGemm):
                 pipe.producer_tail(state)
             # a warp for each unit of a stage: one alone takes as long to issue copies as the products take
             for u in cutlass.range_constexpr(c.stage_units):
-                if warp == 4 * c.consumers + 1 + u:
+                if cutlass.const_expr(g.gather):
+                    if warp == 4 * c.consumers + 1 + u:
+                        self.gather(
+                            x, tokens_of, shared.tokens.data_ptr().toint(), pipe, state, starts, order, bounds, plan, experts,
+                            row_tiles, steps, turns, u,
+                        )  # fmt: skip
+                elif warp == 4 * c.consumers + 1 + u:
                     s_boxes = shared.tokens.get_tensor(boxes.outer, swizzle=boxes.inner)
                     for turn in cutlass.range(turns, unroll=1):
                         tile, first_step, end_step = self.schedule.piece(plan, turn, steps)
@@ -275,6 +295,8 @@ class GroupedGemm(DualGemm):
         g, c = self.grouped, self.config
         even, odd = (cute.make_rmem_tensor((4 * g.steps,), Uint32) for _ in range(2))
         pipe.sync_object_full.wait(stage, phase)
+        if cutlass.const_expr(g.gather):
+            cute.arch.fence_proxy("async.shared", space="cta")
         for u in cutlass.range_constexpr(c.stage_units):
             codes, scales = self.load_unit(s_weights, stage, group, lane, u)
             for part in cutlass.range_constexpr(0, 4, g.steps):
@@ -315,6 +337,53 @@ class GroupedGemm(DualGemm):
             if i < count:
                 source = from_global[(None, i, k * c.stage_units + unit)]
                 cute.copy(load_x, source, to_shared[(None, first + i)], tma_bar_ptr=barrier)
+
+    @cute.jit
+    def gather(
+        self, x, tokens_of, tokens, pipe, state, starts, order, bounds, plan, experts, row_tiles, steps, turns,
+        unit: cutlass.Constexpr,
+    ):  # fmt: skip
+        """What one warp does for the tokens of a unit of every stage; `tokens`: address of the first."""
+        c = self.config
+        lane = cute.arch.lane_idx()
+        chunk, row = lane % 8, lane // 8
+        # of a lane's piece in rows `row` and 4 + `row` of eight
+        places = [(half + row) * 128 + (chunk ^ (half + row)) * 16 for half in (0, 4)]
+        for turn in cutlass.range(turns, unroll=1):
+            tile, first_step, end_step = self.schedule.piece(plan, turn, steps)
+            if first_step < end_step:
+                at = self.schedule.locate(starts, order, bounds, experts, row_tiles, tile)
+                first, end, width = at[2], at[3], at[4]
+                # where the tile's rows begin in x, in pieces; the columns behind the last repeat it
+                begins = cute.make_rmem_tensor((c.tokens // 32,), Uint32)
+                for i in cutlass.range_constexpr(c.tokens // 32):
+                    choice = Uint32(tokens_of.iterator[cutlass.min(first + 32 * i + lane, end - 1)])
+                    begins[i] = choice // Uint32(tokens_of.shape[1]) * Uint32(x.stride[0] // 8)
+                for k in cutlass.range(first_step, end_step, unroll=1):
+                    pipe.sync_object_empty.wait(state.index, state.phase)
+                    place = tokens + (state.index * c.stage_units + unit) * (c.tokens * 128)
+                    self.copy_rows(x, begins, place, k * c.stage_units + unit, width, places, lane)
+                    # one arrival for each thread, when what it has copied so far is there
+                    cute.arch.cp_async_mbarrier_arrive_noinc(pipe.producer_get_barrier(state))
+                    state.advance()
+        cute.arch.cp_async_commit_group()
+        cute.arch.cp_async_wait_group(0)
+
+    @cute.jit
+    def copy_rows(self, x, begins, place, unit, width, places, lane):
+        """Start the copies of 64 of K of a tile's rows, swizzled as wgmma's 128-byte mode has them: eight lanes to a row."""
+        column = unit * 8 + lane % 8
+        there = column * 8 < x.shape[1]  # zeros beyond K
+        size = Uint32(16) if there else Uint32(0)
+        column = column if there else 0
+        targets = [place + offset for offset in places]
+        grain = cutlass.const_expr(self.grouped.grain)
+        for first in cutlass.range_constexpr(0, self.config.tokens, grain):
+            if first < width:
+                for row in cutlass.range_constexpr(first, first + grain, 4):
+                    begin = cute.arch.shuffle_sync(begins[row // 32], row % 32 + lane // 8)
+                    source = x.iterator.toint() + Int64(Uint32(begin + column)) * 16
+                    copy_async(targets[row // 4 % 2] + row // 8 * 1024, source, 16, size)
 
     # ---- sums of a tile that several CTAs share ----
 

@@ -77,10 +77,14 @@ def store_shared_16_bytes(address: Any, words: Any, *, loc: Any = None, ip: Any 
 
 @dsl_user_op
 def copy_async(there: Any, here: Any, size: int, valid: Any, *, loc: Any = None, ip: Any = None) -> None:
-    """cp.async of 4 or 8 bytes (`size`) from global `here` to shared `there`; zeros instead where `valid` is 0, not `size`."""
+    """cp.async of 4, 8 or 16 bytes (`size`) from global `here` to shared `there`; zeros instead where `valid` is 0, not `size`.
+
+    16 bytes pass L1 by, which may hold what the kernel before this one has overwritten since.
+    """
     values = [v.ir_value(loc=loc, ip=ip) for v in (Uint32(there), Int64(here), Uint32(valid))]
+    level = "cg" if size == 16 else "ca"
     llvm.inline_asm(
-        None, values, f"cp.async.ca.shared.global [$0], [$1], {size}, $2;", "r,l,r", has_side_effects=True,
+        None, values, f"cp.async.{level}.shared.global [$0], [$1], {size}, $2;", "r,l,r", has_side_effects=True,
         is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
     )  # fmt: skip
 

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 
 from glu4.backends.hopper.config import SHIPPED, Config
-from glu4.backends.hopper.grouped_config import GROUPED_SHIPPED, GroupedConfig
+from glu4.backends.hopper.grouped_config import GATHER_CONFIGS, GROUPED_SHIPPED, GroupedConfig
 from glu4.compiled.store import DSL_VERSION
 
-__all__ = ["DecodeSpec", "GroupedSpec", "KernelSpec", "Spec", "shipped", "shipped_grouped", "spec_from_dict"]
+__all__ = ["DecodeSpec", "GroupedSpec", "KernelSpec", "Spec", "gathering", "shipped", "shipped_grouped", "spec_from_dict"]
 
 _SOURCES = tuple(
     f"backends/hopper/{name}.py" for name in ("config", "pack", "instructions", "dual_gemm", "decode_tokens", "build")
@@ -73,12 +73,17 @@ class KernelSpec:
 
 @dataclass(frozen=True)
 class DecodeSpec:
-    """The kernel that decodes NVFP4 tokens to fp16."""
+    """The kernel that decodes NVFP4 tokens to fp16; gather: of the rows that an index asks for."""
 
     arch: str = "sm_90a"
+    gather: bool = False
 
     builder: ClassVar[str] = _BUILDER
-    name: ClassVar[str] = "sm90_decode_tokens_nvfp4_f16"
+
+    @property
+    def name(self) -> str:
+        """As `KernelSpec.name`."""
+        return f"sm90_{'gather' if self.gather else 'decode'}_tokens_nvfp4_f16"
 
     @property
     def key(self) -> str:
@@ -151,6 +156,12 @@ def shipped_grouped() -> list[Spec]:
     """Every kernel for mixtures of experts that the dispatch can choose, and what decodes tokens for them."""
     types = ("f16", "bf16")
     return [*(GroupedSpec(c, x, out) for x in types for out in types for c in GROUPED_SHIPPED), DecodeSpec()]
+
+
+def gathering() -> list[Spec]:
+    """Every kernel for mixtures of experts that finds tokens by an index; no rule chooses them yet."""
+    types = ("f16", "bf16")
+    return [*(GroupedSpec(c, x, out) for x in types for out in types for c in GATHER_CONFIGS), DecodeSpec(gather=True)]
 
 
 def shipped(dual: bool | None = None) -> list[Spec]:

@@ -23,6 +23,8 @@ __all__ = [
     "decoder",
     "forget",
     "format_of",
+    "gathered",
+    "gatherer",
     "prepared",
     "row_stride",
     "source",
@@ -33,6 +35,8 @@ NVFP4, DECODED = "nvfp4", "nvfp4, decoded"  # NVFP4 that a kernel can read as it
 Format = torch.dtype | str  # of x: its dtype, or one of these
 # of sm90_decode_tokens: codes, scales and output with their sizes, and the words of a row where scales are swizzled
 _DECODER_PARAMETERS = ("Qi4x", "Qi4x", "Qi4x", "i")
+# of sm90_gather_tokens: codes and scales with their rows, the index, the output
+_GATHERER_PARAMETERS = ("Qiiq", "Qiiq", "Qiiq", "Qi4x")
 _INDICES = 1 << 31  # of words and bytes, which the kernel counts in 32 bits with a sign
 _UNIT = 64  # of K: scales come to the kernel four at a time
 
@@ -108,9 +112,17 @@ def decoder() -> Kernel | None:
     return None if found is None else Kernel(*found, _DECODER_PARAMETERS)
 
 
+@cache
+def gatherer() -> Kernel | None:
+    """The kernel that decodes rows by an index, if it is packaged or cached."""
+    found = store.find(DecodeSpec(gather=True))
+    return None if found is None else Kernel(*found, _GATHERER_PARAMETERS)
+
+
 def forget() -> None:
-    """Look for the kernel again at the next use."""
+    """Look for the kernels again at the next use."""
     decoder.cache_clear()
+    gatherer.cache_clear()
 
 
 def _decoded(x: NVFP4Tensor, index: int) -> Tensor:
@@ -130,6 +142,25 @@ def _decoded(x: NVFP4Tensor, index: int) -> Tensor:
     grid = (-(-words // (DECODE_THREADS * DECODE_WORDS)), 1, 1)
     row_words = k // 8 if x.is_swizzled else 0
     params = (codes.data_ptr(), words, scales.data_ptr(), scales.numel(), out.data_ptr(), 4 * words, row_words)
+    kernel.launch(index, _C._cuda_getCurrentRawStream(index), grid, None, params)
+    return out
+
+
+def gathered(x: NVFP4Tensor, order: Tensor, index: int) -> Tensor | None:
+    """Rows order // top_k of x `[T, K]` decoded to fp16 `[T * top_k, K]` on device `index`, by one kernel; None where there is
+    none that can. order: int64 `[T, top_k]`, dense."""
+    kernel, codes, scales = gatherer(), x.codes, x.block_scale
+    rows, (tokens, top_k) = order.numel(), order.shape
+    words, blocks = codes.shape[1] // 4, scales.shape[1]
+    plain = codes.stride(1) == scales.stride(1) == 1 and codes.data_ptr() % 4 == codes.stride(0) % 4 == 0
+    if kernel is None or x.is_swizzled or not plain or 4 * rows * words >= _INDICES:
+        return None
+    out = torch.empty((rows, 8 * words), dtype=torch.float16, device=codes.device)
+    params = (
+        codes.data_ptr(), tokens, words, codes.stride(0) // 4, scales.data_ptr(), tokens, blocks, scales.stride(0),
+        order.data_ptr(), tokens, top_k, top_k, out.data_ptr(), 4 * rows * words,
+    )  # fmt: skip
+    grid = (rows, -(-words // DECODE_THREADS), 1)
     kernel.launch(index, _C._cuda_getCurrentRawStream(index), grid, None, params)
     return out
 
