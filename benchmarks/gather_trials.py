@@ -32,7 +32,7 @@ from glu4 import GatedWeights, grouped_dual_gemm, moe_gate_up, ops, quantize
 from glu4.activation import SILU
 from glu4.backends.hopper import grouped_launch, tokens
 from glu4.backends.hopper.grouped_config import grouped_candidates
-from glu4.backends.hopper.spec import GroupedSpec, gathering, shipped_grouped
+from glu4.backends.hopper.spec import GroupedSpec, shipped_grouped
 from glu4.bench.grouped import GroupedShape, draw_grouped
 from glu4.bench.machine import environment
 from glu4.bench.operands import FORMATS
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--format", choices=list(WAYS), help="one activation format")
     options = parser.parse_args()
     if options.compile:
-        store.compile_missing([*shipped_grouped(), *gathering()], options.compile, on_done=lambda name: print(name, flush=True))
+        store.compile_missing(shipped_grouped(), options.compile, on_done=lambda name: print(name, flush=True))
         return
     rows: list[dict[str, Any]] = []
     formats = [f for f in WAYS if options.format in (None, f)]

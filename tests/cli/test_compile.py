@@ -19,7 +19,7 @@ from compiled.test_cubin import FRAME_SIZE, REGISTERS, of_info, sized
 from glu4.backends.blackwell import arguments
 from glu4.backends.blackwell import launch as blackwell
 from glu4.backends.hopper.config import DECODE_THREADS, SHIPPED, Config
-from glu4.backends.hopper.grouped_config import GROUPED_SHIPPED
+from glu4.backends.hopper.grouped_config import GATHER_CONFIGS, GROUPED_SHIPPED
 from glu4.backends.hopper.spec import DecodeSpec, GroupedSpec, Spec, shipped
 from glu4.cli import app, output
 from glu4.compiled import store
@@ -231,8 +231,8 @@ def line(name: str, rows: list[dict[str, Any]], order: str) -> str:
 def test_the_table_in_the_documentation_is_the_recorded_one() -> None:
     lines = [line(c.name, rows_of(c.name), order_of_sums(c)) for c in SHIPPED]
     lines += [line(f"{c.name}, W4A4", rows_of(c.name, True), order_of_sums(c)) for c in SHIPPED if c.takes_nvfp4]
-    lines += [line(f"grouped {c.name}", rows_of(c.name), "g1, parts") for c in GROUPED_SHIPPED]
-    lines.append(line("decode_tokens", rows_of("decode_tokens_nvfp4_f16"), "none"))
+    lines += [line(f"grouped {c.name}", rows_of(c.name), "g1, parts") for c in (*GROUPED_SHIPPED, *GATHER_CONFIGS)]
+    lines += [line(name, rows_of(f"{name}_nvfp4_f16"), "none") for name in ("decode_tokens", "gather_tokens")]
     table = "\n".join(lines)
     assert table in (ROOT / "docs" / "kernels.md").read_text(), f"docs/kernels.md should hold\n{table}"
 

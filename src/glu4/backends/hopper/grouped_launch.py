@@ -28,6 +28,7 @@ _C = torch._C
 _X_SCALE, _GATE_BIAS, _UP_BIAS, _IDENTITY = 1, 2, 4, 8
 # ways of tokens that lie unsorted to the products: a copy in memory, a copy as they are decoded, the kernel's own loads
 GATHERS = ("copy", "decode", "load")
+_NARROW = 1024  # rows of gate up to which the loads gather; they gained at 768 and lost at 2048
 _PIECES = 1 << 32  # of 16 bytes, which the loads count in 32 bits
 # parameters after the tensor map: rows, k; weights [experts, tiles, units]; offsets; gate's and up's scales; x's scale; biases
 # [experts, n]; flags; alpha, beta, limit; out [rows, n]; partial sums; their flags
@@ -145,8 +146,14 @@ def submit(
 
 def gather_of(problem: GroupedProblem) -> str:
     """How tokens that lie unsorted come to the products of `problem`, one of GATHERS; the environment variable GLU4_GATHER
-    insists. "decode" is of NVFP4 tokens, and otherwise "copy"."""
-    chosen = os.environ.get("GLU4_GATHER") or "copy"
+    insists. "decode" is of NVFP4 tokens, and otherwise "copy".
+
+    As measured on an H200 (docs/notebook-hopper.md, section 7): a row's copy costs what it costs, and the loads cost a share of
+    its products, which are fewer the narrower the experts are.
+    """
+    narrow, few = problem.n <= _NARROW, problem.rows <= 16 * problem.experts
+    best = ("load" if narrow and not few else "decode") if problem.x_format == "nvfp4" else ("load" if narrow else "copy")
+    chosen = os.environ.get("GLU4_GATHER") or best
     if chosen not in GATHERS:
         raise ValueError(f"GLU4_GATHER: expected one of {', '.join(GATHERS)}, got {chosen!r}")
     return "copy" if chosen == "decode" and problem.x_format != "nvfp4" else chosen

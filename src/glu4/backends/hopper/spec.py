@@ -155,11 +155,12 @@ def _source_hash(sources: tuple[str, ...] = _SOURCES) -> str:
 def shipped_grouped() -> list[Spec]:
     """Every kernel for mixtures of experts that the dispatch can choose, and what decodes tokens for them."""
     types = ("f16", "bf16")
-    return [*(GroupedSpec(c, x, out) for x in types for out in types for c in GROUPED_SHIPPED), DecodeSpec()]
+    kernels = [GroupedSpec(c, x, out) for x in types for out in types for c in GROUPED_SHIPPED]
+    return [*kernels, *gathering(), DecodeSpec()]
 
 
 def gathering() -> list[Spec]:
-    """Every kernel for mixtures of experts that finds tokens by an index; no rule chooses them yet."""
+    """Those of them that find tokens by an index."""
     types = ("f16", "bf16")
     return [*(GroupedSpec(c, x, out) for x in types for out in types for c in GATHER_CONFIGS), DecodeSpec(gather=True)]
 
