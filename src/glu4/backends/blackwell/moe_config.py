@@ -13,7 +13,7 @@ from functools import cached_property
 from glu4.backends.blackwell.grouped_config import GroupConfig, grouped_legal
 from glu4.problem import GroupedProblem
 
-__all__ = ["MoeConfig", "moe_candidates", "moe_legal", "most_tiles"]
+__all__ = ["MoeConfig", "moe_candidates", "moe_legal", "moe_refusal", "most_tiles"]
 
 _MOST_TILES = (1 << 31) - 1  # tiles are counted in 32 bits
 
@@ -99,3 +99,8 @@ def moe_candidates(problem: GroupedProblem) -> Iterator[MoeConfig]:
         config = replace(config, stages=max(1, config.grouped.most_stages))
         if moe_legal(config, problem) is None:
             yield config
+
+
+def moe_refusal(problem: GroupedProblem) -> str | None:
+    """Why no configuration may run `problem`; None when one may."""
+    return None if next(moe_candidates(problem), None) is not None else moe_legal(MoeConfig(), problem)
