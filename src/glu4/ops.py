@@ -410,7 +410,8 @@ def grouped_dual_gemm(
     named = dict(zip(("gate", "up"), w.outlines, strict=True))
     dtype = check_grouped(x, named, group_offsets, biases=biases, activation=activation, out_dtype=out_dtype, out=out)
     target = _target(x, w.shape[-2], False, dtype, out)
-    _prepared(w, x, dtype, backend, grouped=True)
+    if w is weights:
+        _prepared(w, x, dtype, backend, grouped=True)
     _call(
         _grouped_dual_gemm,
         _run_grouped_dual_gemm,
