@@ -19,6 +19,7 @@ from glu4 import dispatch
 from glu4.activation import SILU, Activation
 from glu4.backends import portable
 from glu4.backends.blackwell import launch as blackwell
+from glu4.backends.blackwell import moe_launch
 from glu4.backends.hopper import grouped_launch
 from glu4.backends.hopper import launch as hopper
 from glu4.backends.hopper.pack import UNIT_WORDS
@@ -162,7 +163,15 @@ def _run_grouped_dual_gemm(
     has_bias = gate_bias is not None or up_bias is not None
     problem = grouped_problem(operand, first, activation=act, out_dtype=out.dtype, has_bias=has_bias)
     _debug_offsets(group_offsets, operand.shape[0], check)
-    if dispatch.select(problem, out.device, backend or None) == "hopper":
+    chosen = dispatch.select(problem, out.device, backend or None)
+    if chosen == "blackwell":
+        assert isinstance(operand, NVFP4Tensor)
+        assert matrices is not None, "weights are packed on Hopper GPUs alone"
+        if not all(map(blackwell.is_prepared, matrices)):
+            dispatch.warn_once(_PACKED_EACH_CALL)
+        moe_launch.grouped(out, operand, matrices, group_offsets, (gate_bias, up_bias), act, problem)
+        return
+    if chosen == "hopper":
         if packed is None:
             assert matrices is not None
             dispatch.warn_once(_PACKED_EACH_CALL)

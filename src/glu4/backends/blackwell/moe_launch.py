@@ -36,6 +36,7 @@ __all__ = [
     "MoeChoice",
     "MoePlan",
     "MoeShape",
+    "all_shipped",
     "available",
     "forget",
     "grouped",
@@ -86,6 +87,11 @@ def shipped(arch: str = "sm_100a") -> list[MoeSpec]:
         for typical in _TYPICAL:
             found |= dict.fromkeys(MoeSpec.of(c, out, arch) for c in moe_candidates(typical))
     return list(found)
+
+
+def all_shipped(arch: str) -> list[store.Spec]:
+    """Every Blackwell kernel that the dispatch can choose: those of `launch`, too."""
+    return [*launch.shipped(arch=arch), *shipped(arch)]
 
 
 @cache
