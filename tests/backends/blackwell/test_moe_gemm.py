@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends.blackwell import machine_code
+from backends.blackwell import machine_code, moe_table
 from backends.blackwell.grouped import SENTINEL
 from backends.blackwell.moe import DTYPES, PROCESSORS, Call, MoeKernel, MoeKernels, full_range, run, spec, tiles, wrong
 from backends.blackwell.test_dual_gemm import PASSED, WAIT
@@ -59,6 +59,11 @@ def short(names: Iterable[str], those: Sequence[str] = SHORT) -> list[Any]:
 @pytest.fixture(scope="module")
 def kernels(compiled: Path) -> MoeKernels:
     return MoeKernels({name: one for name, (one, _) in KERNELS.items()}, compiled)
+
+
+@pytest.fixture(scope="module")
+def shipped_kernels(compiled: Path) -> MoeKernels:
+    return MoeKernels(moe_table.SPECS, compiled)
 
 
 def case_of(name: str, seed: int = 2, counts: Sequence[int] = COUNTS, **fields: Any) -> Case:
@@ -174,6 +179,21 @@ def test_512_experts(kernels: MoeKernels) -> None:
         result, found = run(call, 148, ctas=[(cta, 0, 0)], schedule_name=schedule, seed=seed)
         assert result.report.clean, str(result.report)
         assert not wrong(call, found, everything[cta::148])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", moe_table.SPECS)
+def test_shipped_kernels_at_a_layers_size(shipped_kernels: MoeKernels, name: str) -> None:
+    """N and K of Qwen3-30B-A3B, 12 experts, of 1 / rank of the tokens each: all tiles of three of 74 pairs."""
+    counts = [int(160 / rank) if rank != 5 else 0 for rank in range(1, 13)]
+    call = Call(full_range(15, counts, 768, 2048), shipped_kernels[name])
+    everything = tiles(call)
+    last = min(74, len(everything)) - 1
+    for worker, (schedule, seed) in zip((0, last, last // 3), (*SLOWEST_AND_RANDOM, SCHEDULES[3])):
+        ctas = [(2 * worker + half, 0, 0) for half in range(2)]
+        result, found = run(call, 148, ctas=ctas, schedule_name=schedule, seed=seed)
+        assert result.report.clean, str(result.report)
+        assert not wrong(call, found, everything[worker::74])
 
 
 # ---- offsets ----
@@ -334,16 +354,20 @@ def test_instructions(kernels: MoeKernels, name: str) -> None:
     assert kernel.description["params"] == list(PARAMETERS)
 
 
-@pytest.mark.skipif(machine_code.disassembler() is None, reason="needs nvidia-cuda-nvdisasm")
 @pytest.mark.long
-@pytest.mark.parametrize("arch", ["sm_100a", "sm_103a"])
-def test_shipped_kernels_do_not_spill(tmp_path: Path, arch: str) -> None:
-    specs = [one for one in shipped(arch) if one.out == "f16"]
-    export(specs, tmp_path)  # type: ignore[arg-type]
-    for one in specs:
-        found = machine_code.counts((tmp_path / f"{one.name}.cubin").read_bytes())
-        assert (found["spills"], found["TMA loads"]) == (0, 6), one.name
-        assert arch != "sm_100a" or not found["other MMAs"], one.name
+@pytest.mark.skipif(machine_code.disassembler() is None, reason="needs nvidia-cuda-nvdisasm")
+def test_the_table_of_the_documentation(shipped_kernels: MoeKernels) -> None:
+    assert moe_table.written() == moe_table.table(shipped_kernels)
+    for kernel in shipped_kernels.values():
+        found = machine_code.counts(kernel.cubin)
+        assert (found["spills"], found["other MMAs"], found["TMA loads"]) == (0, 0, 6), kernel.spec.name
+
+
+@pytest.mark.long
+def test_sm_103a(tmp_path: Path) -> None:
+    one = shipped("sm_103a")[0]
+    export([one], tmp_path)  # type: ignore[list-item]
+    assert ".target sm_103a" in (tmp_path / f"{one.name}.ptx").read_text()
 
 
 @pytest.mark.long

@@ -17,7 +17,7 @@ from glu4.scale_layout import SwizzledLayout
 
 __all__ = ["tile_table", "tiled_scales"]
 
-EXPERT, FIRST, BEGIN, END = range(4)  # columns of a tile's row
+FIRST, BEGIN, END = 1, 2, 3  # columns of a tile's row, after its expert
 
 
 def tile_table(offsets: Tensor, rows: int, tile_n: int) -> Tensor:
@@ -47,11 +47,10 @@ def tiled_scales(scales: Tensor, table: Tensor, tile_n: int) -> Tensor:
     Zero where a tile's expert has no row: what the MMA multiplies there is stored nowhere, and zeros are not NaN.
     """
     rows, columns = scales.shape
-    tiles = table[1:]
+    tiles, inside = table[1:], torch.arange(tile_n, device=scales.device)
     number = torch.arange(tiles.shape[0], device=scales.device)
-    first_row = (number - tiles[:, FIRST]) * tile_n + tiles[:, BEGIN]
-    row = (first_row.unsqueeze(1) + torch.arange(tile_n, device=scales.device)).flatten()
-    there = (row < tiles[:, END].repeat_interleave(tile_n, output_size=row.shape[0])) & (row >= 0)
-    found = scales.view(torch.uint8).index_select(0, row.clamp(0, max(rows - 1, 0)))
-    found = found * there.unsqueeze(1)  # of bytes: a NaN scale of a row that is not there becomes zero
-    return SwizzledLayout(row.shape[0], columns).store(found).view(torch.float8_e4m3fn)
+    row = ((number - tiles[:, FIRST]) * tile_n + tiles[:, BEGIN]).unsqueeze(1) + inside
+    there = (row < tiles[:, END, None]).view(-1, 1)
+    found = scales.view(torch.uint8).index_select(0, row.flatten().clamp(max=max(rows - 1, 0)))
+    found = found * there  # of bytes: a NaN scale of a row that is not there becomes zero
+    return SwizzledLayout(found.shape[0], columns).store(found).view(torch.float8_e4m3fn)
