@@ -25,7 +25,8 @@ from torch import Tensor
 from fake_hopper import CONTEXT, FakeCuda, memory
 from glu4 import dispatch, reference
 from glu4.activation import IDENTITY, Activation
-from glu4.backends.blackwell import arguments, launch
+from glu4.backends.blackwell import arguments, launch, moe_launch
+from glu4.backends.blackwell.moe_spec import MoeSpec
 from glu4.backends.blackwell.spec import KernelSpec
 from glu4.compiled import driver, store
 from glu4.emulator.tensor_map import TensorMap, decode, encode
@@ -41,7 +42,7 @@ DRIVER_SWIZZLES = {0: "none", 1: "32B", 2: "64B", 3: "128B"}
 class Launch:
     """What one launch said. parameters: the bytes of each."""
 
-    spec: KernelSpec
+    spec: Any  # KernelSpec or MoeSpec
     device: int
     stream: int
     grid: tuple[int, int, int]
@@ -81,20 +82,26 @@ class FakeBlackwell(FakeCuda):
             return status
         time.sleep(self.pause)
         *sizes, shared, stream, attributes, count = struct.unpack("=7I4xQQI4x", ctypes.string_at(config, 56))
-        spec = KernelSpec.from_dict(json.loads(self._images[handle - 1]))
+        listed = json.loads(self._images[handle - 1])
+        spec: Any = KernelSpec.from_dict(listed) if "dual" in listed else MoeSpec.from_dict(listed)
         held: dict[int, tuple[int, ...]] = {}
         for i in range(count):
             key, *value = struct.unpack_from("=I4x3I", ctypes.string_at(attributes + 72 * i, 72))
             held[key] = tuple(value)
-        lengths = arguments.sizes(spec)
+        lengths = sizes_of(spec)
         at = (ctypes.c_void_p * len(lengths)).from_address(pointers)
         raw = [ctypes.string_at(p, n) for p, n in zip(at, lengths, strict=True)]
         assert all(p % (64 if n == 128 else 8) == 0 for p, n in zip(at, lengths, strict=True))
         launched = Launch(spec, self.device, stream, tuple(sizes[:3]), tuple(sizes[3:]), shared, held, raw)  # type: ignore[arg-type]
         self.made.append(launched)
         if self.compute:
-            run(launched)
+            (run if isinstance(spec, KernelSpec) else run_experts)(launched)
         return 0
+
+
+def sizes_of(spec: Any) -> list[int]:
+    """Bytes of every parameter."""
+    return arguments.sizes(spec) if isinstance(spec, KernelSpec) else list(moe_launch.PARAMETERS)
 
 
 @dataclass
@@ -185,26 +192,69 @@ def run(launched: Launch) -> None:
     target.copy_(reference.round_once(value, dtype))
 
 
-def description(spec: KernelSpec) -> dict[str, Any]:
+def run_experts(launched: Launch) -> None:
+    """Compute what the kernel for mixtures of experts would: tile by tile, as its table says."""
+    c, raw = launched.spec.config, launched.parameters
+    maps = [decode(b) for b in raw[2:8]]
+    n, k, experts = struct.unpack("=3i", raw[8])
+    rows, also_k = struct.unpack("=2i", raw[10])
+    atoms, along_k = struct.unpack("=2i", raw[11])
+    table_at, out_at, stride, *read = (struct.unpack("=Q", b)[0] for b in raw[12:20])
+    flags, alpha, beta, limit, again_n, again_k = struct.unpack("=ifffii", b"".join(raw[20:]))
+    assert (again_n, again_k, also_k, k % 32) == (n, k, k, 0)
+    assert launched.block == (192, 1, 1)
+    assert launched.shared_bytes == SHARED_BYTES
+    assert launched.grid == c.grid(rows, experts, n, 148)
+    assert launched.attributes.get(4, (1, 1, 1)) == (c.ctas, 1, 1)
+    assert (maps[2].element_type, maps[2].global_shape, maps[2].global_strides) == ("16u4_align8b", (k, rows), (k // 2,))
+    assert maps[3].global_shape == (256, along_k, atoms)
+    gate, up = (_matrix(maps[i], maps[i + 1], n, k, experts).decode(torch.float64) for i in (0, 4))
+    codes = memory(maps[2].address, (rows, k // 2), (k // 2, 1), torch.uint8)
+    layout = SwizzledLayout(128 * atoms, k // 16)
+    stored = memory(maps[3].address, (layout.nbytes,), (1,), torch.uint8).view(layout.storage_shape)
+    scales = layout.load(stored)
+    a_scale = memory(read[0], (1,), (1,), torch.float32).double()
+    globals_ = [memory(address, (experts,), (1,), torch.float32).double() for address in read[1:3]]
+    biases = [
+        memory(b, (experts, n), (n, 1), torch.float32).double() if flags & bit else torch.zeros(experts, n).double()
+        for b, bit in zip(read[3:], (8, 16))
+    ]
+    dtype = torch.bfloat16 if launched.spec.out == "bf16" else torch.float16
+    target = memory(out_at, (rows, n), (stride, 1), dtype)
+    count = int(memory(table_at, (1,), (1,), torch.int32))
+    for tile, (e, first, begin, end) in enumerate(memory(table_at, (count + 1, 4), (4, 1), torch.int32)[1:].tolist()):
+        start = begin + (tile - first) * c.tile_n
+        here = slice(start, min(start + c.tile_n, end))
+        own = scales[tile * c.tile_n :][: here.stop - start].view(torch.float8_e4m3fn)
+        x = NVFP4Tensor(codes[here].clone(), own.clone(), torch.ones(())).decode(torch.float64)
+        sums = [x @ w[e].mT * (a_scale * g[e]) + b[e] for w, g, b in zip((gate, up), globals_, biases)]
+        value = (IDENTITY if flags & 1 else Activation("swish", alpha, beta, limit))(*sums)
+        target[here].copy_(reference.round_once(value, dtype))
+
+
+def description(spec: Any) -> dict[str, Any]:
     """As the builder writes it."""
+    threads = spec.config.threads if isinstance(spec, KernelSpec) else 192
     return {
-        "entry": "entry", "params": arguments.sizes(spec), "threads": spec.config.threads, "shared_bytes": SHARED_BYTES,
-        "pdl": spec.config.pdl,
+        "entry": "entry", "params": sizes_of(spec), "threads": threads, "shared_bytes": SHARED_BYTES, "pdl": spec.config.pdl,
     }  # fmt: skip
 
 
 def compiled(spec: Any) -> tuple[bytes, dict[str, Any]] | None:
     """Any Blackwell kernel, as `store.find` gives it."""
-    return (json.dumps(spec.to_dict()).encode(), description(spec)) if isinstance(spec, KernelSpec) else None
+    return (json.dumps(spec.to_dict()).encode(), description(spec)) if isinstance(spec, (KernelSpec, MoeSpec)) else None
 
 
 def forget() -> None:
     """What this process remembers of kernels and warnings."""
     launch.forget()
+    moe_launch.forget()
     for remembered in (
         dispatch._provide,
         dispatch._provide_blackwell,
+        dispatch._provide_blackwell_grouped,
         dispatch._compile,
+        dispatch._compile_grouped,
         dispatch.warn_once,
         driver._primary_context,
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,12 +24,14 @@ from glu4 import (
     dual_gemm,
     explain,
     grouped_dual_gemm,
+    grouped_linear,
     linear,
+    moe_gate_up,
     quantize,
     reference,
 )
-from glu4.backends.blackwell import launch
-from glu4.backends.blackwell.spec import KernelSpec
+from glu4.backends.blackwell import launch, moe_launch
+from glu4.backends.blackwell.moe_spec import MoeSpec
 from glu4.compiled import store
 from operands import full_range
 
@@ -188,6 +191,71 @@ def test_modules_are_prepared_when_they_are_made(cuda: FakeBlackwell) -> None:
     assert torch.equal(linear(x, module._ready, out_dtype=F16), reference.linear(x, w, out_dtype=F16))
 
 
+# ---- mixtures of experts ----
+
+
+def test_grouped_dual_gemm_runs_the_kernel(cuda: FakeBlackwell) -> None:
+    """Distinct global scales and biases of each expert; rows of nobody keep what they hold."""
+    stack = pair(4, 72, 96, gate_bias=torch.randn(4, 72).half(), up_bias=torch.randn(4, 72)).prepare("cpu")
+    assert len(set(stack.gate.global_scale.tolist())) == 4
+    assert launch.is_prepared(stack.gate)
+    x, offsets = full_range(3, 40, 96), torch.tensor([0, 3, 3, 36, 38], dtype=torch.int32)
+    for dtype in (F16, BF16):
+        out = torch.full((40, 72), 7.0, dtype=dtype)
+        assert grouped_dual_gemm(x, stack, offsets, activation=clamped_silu(1.5), out=out) is out
+        want = torch.full((40, 72), 7.0, dtype=dtype)
+        for e, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+            assert stack.gate_bias is not None
+            assert stack.up_bias is not None
+            biases = {"gate_bias": stack.gate_bias[e], "up_bias": stack.up_bias[e]}
+            rows = x.narrow_rows(begin, end - begin)
+            want[begin:end] = reference.dual_gemm(
+                rows, stack.gate[e], stack.up[e], activation=clamped_silu(1.5), out_dtype=dtype, **biases
+            )
+        assert torch.equal(out, want)
+    assert [type(made.spec) for made in cuda.made] == [MoeSpec] * 2
+
+
+def test_experts_are_loaded_by_prepare(cuda: FakeBlackwell) -> None:
+    pair(2, 72, 48).prepare("cpu")
+    loaded = len(launch.shipped(True)) + len(moe_launch.shipped())
+    assert cuda.calls.count("cuLibraryLoadData") == loaded, "every kernel is loaded, for CUDA graphs"
+
+
+def test_experts_that_were_not_prepared(cuda: FakeBlackwell) -> None:
+    stack, x, offsets = pair(2, 72, 48), full_range(3, 9, 48), torch.tensor([0, 3, 9], dtype=torch.int32)
+    want = grouped_dual_gemm(x, stack, offsets, out_dtype=F16, backend="portable")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = grouped_dual_gemm(x, stack, offsets, out_dtype=F16, backend="blackwell")
+    assert launch.is_prepared(stack.gate)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=0)
+    other = pair(2, 72, 48)
+    with pytest.warns(UserWarning, match=r"packed again at every call; use GatedWeights\(gate, up\).prepare"):
+        again = grouped_dual_gemm(x, (other.gate, other.up), offsets, out_dtype=F16)
+    assert torch.equal(again, got)
+    assert len(cuda.made) == 2
+
+
+def test_moe_gate_up(cuda: FakeBlackwell) -> None:
+    stack, tokens = pair(4, 72, 96).prepare("cpu"), full_range(3, 6, 96)
+    ids = torch.tensor([[0, 2], [3, 2], [-1, 0], [2, 3], [3, 0], [0, 9]])
+    got, routing = moe_gate_up(tokens, ids, stack, out_dtype=F16)
+    want, _ = moe_gate_up(tokens, ids, stack, out_dtype=F16, backend="portable")
+    there = int(routing.group_offsets[-1])
+    assert there == 10
+    torch.testing.assert_close(got[:there], want[:there], rtol=1e-3, atol=0)
+    assert len(cuda.made) == 1
+
+
+def test_experts_are_not_arranged_while_a_graph_is_captured(cuda: FakeBlackwell, monkeypatch: pytest.MonkeyPatch) -> None:
+    import glu4.weights
+
+    monkeypatch.setattr(glu4.weights, "_capturing", lambda device: True)
+    with pytest.raises(UnsupportedError, match="a CUDA graph is being captured, and these are not packed yet; prepare"):
+        grouped_dual_gemm(full_range(3, 5, 96), pair(2, 72, 96), torch.tensor([0, 3, 5], dtype=torch.int32))
+
+
 # ---- what runs where ----
 
 
@@ -207,20 +275,28 @@ def test_explain(cuda: FakeBlackwell) -> None:
         assert e.chosen == "portable"
         assert reason in str(e)
     grouped = explain(GroupedProblem(1, 2, 8, 16), "cpu")
-    assert grouped.chosen == "portable"
-    assert "blackwell: no, grouped problems have no Blackwell kernel yet" in str(grouped)
+    assert grouped.chosen == "blackwell"
+    assert "blackwell: yes, block-scaled tensor cores" in str(grouped)
+    for fields, why in (
+        ({"operation": "grouped_linear"}, "grouped_linear: the kernel for mixtures of experts multiplies by gate and up"),
+        ({"x_format": "bfloat16"}, "bfloat16 activations: the block-scaled MMA takes 4-bit operands on both sides"),
+        ({"out_dtype": torch.float32}, "float32 output: the kernel writes float16 or bfloat16"),
+    ):
+        e = explain(GroupedProblem(1, 2, 8, 16, **fields), "cpu")  # type: ignore[arg-type]
+        assert e.chosen == "portable"
+        assert f"blackwell: no, {why}" in str(e)
 
 
-def test_float_tokens_and_groups_fall_to_the_portable_backend(cuda: FakeBlackwell) -> None:
+def test_float_tokens_fall_to_the_portable_backend(cuda: FakeBlackwell) -> None:
     p, x = pair(72, 96).prepare("cpu"), torch.randn(5, 96, dtype=F16)
     assert torch.equal(dual_gemm(x, p), dual_gemm(x, p, backend="portable"))
     with pytest.raises(UnsupportedError, match="backend blackwell: float16 activations: the block-scaled MMA takes 4-bit"):
         dual_gemm(x, p, backend="blackwell")
-    stack = pair(2, 72, 96)
-    offsets = torch.tensor([0, 2, 5], dtype=torch.int32)
-    tokens = full_range(3, 5, 96)
-    got = grouped_dual_gemm(tokens, stack.prepare("cpu"), offsets, out_dtype=F16)
-    assert torch.equal(got, grouped_dual_gemm(tokens, stack, offsets, out_dtype=F16, backend="portable"))
+    stack, offsets = pair(2, 72, 96).prepare("cpu"), torch.tensor([0, 2, 5], dtype=torch.int32)
+    got = grouped_dual_gemm(x, stack, offsets)
+    assert torch.equal(got, grouped_dual_gemm(x, stack, offsets, backend="portable"))
+    y = grouped_linear(full_range(3, 5, 96), stack.gate, offsets, out_dtype=F16)
+    assert y.shape == (5, 72)
     assert not cuda.made
 
 
@@ -256,15 +332,18 @@ def test_without_kernels_it_says_what_to_do(bare: FakeBlackwell) -> None:
         assert torch.equal(dual_gemm(x, p, out_dtype=F16), dual_gemm(x, w, out_dtype=F16, backend="portable"))
     with pytest.raises(UnsupportedError, match=f"backend blackwell: {missing}"):
         dual_gemm(x, p, backend="blackwell")
+    assert f"blackwell: no, {missing}" in str(explain(GroupedProblem(1, 2, 8, 16), "cpu"))
+    with pytest.raises(UnsupportedError, match=f"backend blackwell: {missing}"):
+        grouped_dual_gemm(x, pair(2, 8, 32), torch.tensor([0, 3, 5], dtype=torch.int32), backend="blackwell")
 
 
 @pytest.mark.parametrize("arch", ["sm_100a", "sm_103a"])
 def test_kernels_are_compiled_at_first_use_where_that_is_possible(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arch: str
 ) -> None:
-    made: list[KernelSpec] = []
+    made: list[store.Spec] = []
 
-    def compile_missing(specs: Sequence[KernelSpec], on_done: Callable[[str], None]) -> int:
+    def compile_missing(specs: Sequence[store.Spec], on_done: Callable[[str], None]) -> int:
         for spec in specs:
             on_done(spec.name)
         made.extend(specs)
@@ -278,6 +357,13 @@ def test_kernels_are_compiled_at_first_use_where_that_is_possible(
         assert torch.equal(dual_gemm(x, w, out_dtype=F16, backend="blackwell"), expected(x, w, F16))
         assert made == launch.shipped(True, arch)
         assert f"compiling {len(made)} dual_gemm kernels, once (glu4 compile --arch {arch} does it" in capsys.readouterr().err
+        made.clear()
+        assert "not compiled yet; the first call compiles them" in str(explain(GroupedProblem(5, 2, 8, 32), "cpu"))
+        offsets = torch.tensor([0, 3, 5], dtype=torch.int32)
+        grouped_dual_gemm(x, pair(2, 8, 32), offsets, out_dtype=F16, backend="blackwell")
+        assert made == moe_launch.shipped(arch)
+        told = f"compiling {len(made)} grouped_dual_gemm kernels, once (glu4 compile --arch {arch} does it"
+        assert told in capsys.readouterr().err
 
 
 def test_compiling_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, bare: FakeBlackwell) -> None:

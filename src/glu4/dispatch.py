@@ -11,6 +11,7 @@ from functools import cache
 import torch
 
 from glu4.backends.blackwell import launch as blackwell
+from glu4.backends.blackwell import moe_launch
 from glu4.backends.hopper import grouped_launch
 from glu4.backends.hopper import launch as hopper
 from glu4.backends.hopper.config import SHIPPED, legal
@@ -108,6 +109,14 @@ def _provide_blackwell(dual: bool, out: torch.dtype, arch: str, device: torch.de
     return _compile(dual, arch) or (None if blackwell.available(dual, out, device) else _not_compiled(arch))
 
 
+@cache
+def _provide_blackwell_grouped(out: torch.dtype, arch: str, device: torch.device) -> str | None:
+    """As `_provide_blackwell`, of the kernels for mixtures of experts."""
+    if moe_launch.available(out, device):
+        return None
+    return _compile_grouped(arch) or (None if moe_launch.available(out, device) else _not_compiled(arch))
+
+
 def _not_compiled(arch: str = "") -> str:
     return _NOT_COMPILED + (f" --arch {arch}" if arch else "")
 
@@ -121,16 +130,20 @@ def _compile(dual: bool, arch: str = "") -> str | None:
     if not _can_compile():
         return _not_compiled(arch)
     specs: Sequence[store.Spec] = blackwell.shipped(dual, arch) if arch else shipped(dual)
-    return _compile_all(specs, "dual_gemm" if dual else "linear", f"glu4 compile --arch {arch}" if arch else "glu4 compile")
+    return _compile_all(specs, "dual_gemm" if dual else "linear", arch)
 
 
 @cache
-def _compile_grouped() -> str | None:
+def _compile_grouped(arch: str = "") -> str | None:
     """As `_compile`, of the kernels for mixtures of experts."""
-    return _compile_all(shipped_grouped(), "grouped_dual_gemm", "glu4 compile") if _can_compile() else _NOT_COMPILED
+    if not _can_compile():
+        return _not_compiled(arch)
+    specs: Sequence[store.Spec] = moe_launch.shipped(arch) if arch else shipped_grouped()
+    return _compile_all(specs, "grouped_dual_gemm", arch)
 
 
-def _compile_all(specs: Sequence[store.Spec], operation: str, command: str) -> str | None:
+def _compile_all(specs: Sequence[store.Spec], operation: str, arch: str) -> str | None:
+    command = f"glu4 compile --arch {arch}" if arch else "glu4 compile"
     what = f"glu4: compiling {len(specs)} {operation} kernels, once ({command} does it beforehand)"
     done: list[str] = []
 
@@ -148,6 +161,7 @@ def _compile_all(specs: Sequence[store.Spec], operation: str, command: str) -> s
         hopper.forget()
         grouped_launch.forget()
         blackwell.forget()
+        moe_launch.forget()
     return None
 
 
@@ -180,8 +194,7 @@ def explain(problem: Problem | GroupedProblem, device: torch.device | str = "cpu
     if refusal is None and not _compiled(problem):
         refusal = _TO_COMPILE if _can_compile() else _NOT_COMPILED
     other = blackwell.refusal(problem, device)
-    dual = problem.operation == "dual_gemm"
-    if other is None and isinstance(problem, Problem) and not blackwell.available(dual, problem.out_dtype, device):
+    if other is None and not _compiled_blackwell(problem, device):
         other = _TO_COMPILE if _can_compile() else _not_compiled(blackwell.architecture(device) or "")
     candidates = (
         Candidate("hopper", refusal is None, refusal or "weights packed by prepare, decoded in registers"),
@@ -197,19 +210,33 @@ def _compiled(problem: Problem | GroupedProblem) -> bool:
     return grouped_launch.available(x, out) if isinstance(problem, GroupedProblem) else hopper.available(dual, x, out)
 
 
+def _compiled_blackwell(problem: Problem | GroupedProblem, device: torch.device) -> bool:
+    """Whether a Blackwell kernel for it is packaged or cached."""
+    if isinstance(problem, GroupedProblem):
+        return moe_launch.available(problem.out_dtype, device)
+    return blackwell.available(problem.operation == "dual_gemm", problem.out_dtype, device)
+
+
 def _kind(problem: Problem | GroupedProblem) -> tuple[bool, str | torch.dtype, torch.dtype]:
     """What decides which kernels there have to be: whether there are two matrices, x's format, the output's type."""
     x = "nvfp4" if problem.x_format == "nvfp4" else getattr(torch, problem.x_format)
     return problem.operation == "dual_gemm", x, problem.out_dtype
 
 
-def arranges(device: torch.device, dual: bool) -> bool:
+def arranges(device: torch.device, dual: bool, stacked: bool = False) -> bool:
     """Whether weights on `device` are to be in Blackwell's form, which every backend reads: it is such a GPU. Where kernels are
-    missing and can be compiled, they are compiled now."""
+    missing and can be compiled, they are compiled now.
+
+    stacked  `[E, N, K]`: of gate and up the kernels of mixtures of experts are meant
+    """
     arch = blackwell.architecture(device)
     if arch is None:
         return False
-    reasons = [_provide_blackwell(dual, t, arch, device) for t in (torch.bfloat16, torch.float16)]
+    types = (torch.bfloat16, torch.float16)
+    if stacked and dual:
+        reasons = [_provide_blackwell_grouped(t, arch, device) for t in types]
+    else:
+        reasons = [_provide_blackwell(dual, t, arch, device) for t in types]
     if all(reasons):
         warn_once(_SLOW.format("Blackwell") + str(reasons[0]))
     return True
@@ -241,12 +268,15 @@ def select(problem: Problem | GroupedProblem, device: torch.device, backend: str
     arch = blackwell.architecture(device)
     name = backend or ("hopper" if arch is None else "blackwell")
     refusal = (_hopper_refusal if name == "hopper" else blackwell.refusal)(problem, device)
-    if refusal is None and (name == "hopper" or isinstance(problem, Problem)):
+    if refusal is None:
+        dual, x, out = _kind(problem)
+        grouped = isinstance(problem, GroupedProblem)
         if name == "hopper":
-            dual, x, out = _kind(problem)
-            refusal = _provide_grouped(x, out) if isinstance(problem, GroupedProblem) else _provide(dual, x, out)
+            refusal = _provide_grouped(x, out) if grouped else _provide(dual, x, out)
+        elif grouped:
+            refusal = _provide_blackwell_grouped(out, str(arch), device)
         else:
-            refusal = _provide_blackwell(problem.operation == "dual_gemm", problem.out_dtype, str(arch), device)
+            refusal = _provide_blackwell(dual, out, str(arch), device)
         if refusal is None:
             return name
         if backend is None:

@@ -20,6 +20,7 @@ from glu4 import dispatch
 from glu4.activation import SILU, Activation
 from glu4.backends import portable
 from glu4.backends.blackwell import launch as blackwell
+from glu4.backends.blackwell import moe_launch
 from glu4.backends.hopper import grouped_launch
 from glu4.backends.hopper import launch as hopper
 from glu4.backends.hopper.pack import UNIT_WORDS
@@ -170,6 +171,13 @@ def _run_grouped_dual_gemm(
     chosen = dispatch.select(problem, out.device, backend or None)
     if order is not None and chosen != "hopper":
         operand = gather_rows(operand, order)
+    if chosen == "blackwell":
+        assert isinstance(operand, NVFP4Tensor)
+        assert matrices is not None, "weights are packed on Hopper GPUs alone"
+        if not all(map(blackwell.is_prepared, matrices)):
+            dispatch.warn_once(_PACKED_EACH_CALL)
+        moe_launch.grouped(out, operand, matrices, group_offsets, (gate_bias, up_bias), act, problem)
+        return
     if chosen == "hopper":
         if packed is None:
             assert matrices is not None
@@ -414,7 +422,8 @@ def grouped_dual_gemm(
     uninitialised. Offsets that are not as stated and not checked give wrong rows, but no access outside x and `out`. Other
     arguments and errors as for `dual_gemm`.
     """
-    return _grouped(x, _split(weights), group_offsets, None, activation, out_dtype, out, backend, check_offsets)
+    w = _split(weights)
+    return _grouped(x, w, w is weights, group_offsets, None, activation, out_dtype, out, backend, check_offsets)
 
 
 def gathered_dual_gemm(
@@ -432,12 +441,13 @@ def gathered_dual_gemm(
 
     Where a kernel gathers faster as it loads, no gathered x is made. The same bits either way.
     """
-    return _grouped(x, weights, group_offsets, order, activation, out_dtype, out, backend, False)
+    return _grouped(x, weights, True, group_offsets, order, activation, out_dtype, out, backend, False)
 
 
 def _grouped(
     x: Operand,
     w: GatedWeights,
+    kept: bool,
     group_offsets: Tensor,
     order: Tensor | None,
     activation: Activation,
@@ -446,6 +456,7 @@ def _grouped(
     backend: str | None,
     check_offsets: bool,
 ) -> Tensor:
+    """kept: whether the caller keeps `w`, so that what is prepared of it serves later calls."""
     biases = {"gate_bias": w.gate_bias, "up_bias": w.up_bias}
     named = dict(zip(("gate", "up"), w.outlines, strict=True))
     rows = None if order is None else order.numel()
@@ -456,7 +467,8 @@ def _grouped(
         target = _target(x, w.shape[-2], False, dtype, out)
     else:
         target = torch.empty((order.numel(), w.shape[-2]), dtype=dtype, device=x.device) if out is None else out
-    _prepared(w, x, dtype, backend, grouped=True)
+    if kept:
+        _prepared(w, x, dtype, backend, grouped=True)
     _call(
         _grouped_dual_gemm,
         _run_grouped_dual_gemm,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from glu4 import dispatch
 from glu4.backends.blackwell import launch as blackwell
+from glu4.backends.blackwell import moe_launch
 from glu4.backends.blackwell.direct import Direct as BlackwellDirect
 from glu4.backends.hopper import grouped_launch
 from glu4.backends.hopper import launch as hopper
@@ -177,9 +178,10 @@ class _Weights:
             for matrix in prepared.originals():
                 matrix.check_values()
             dual = len(self._names) == 2
-            if dispatch.packs(prepared.device, dual, stacked=len(prepared.shape) == 3):
+            stacked = len(prepared.shape) == 3
+            if dispatch.packs(prepared.device, dual, stacked):
                 prepared._pack()
-            elif dispatch.arranges(prepared.device, dual):
+            elif dispatch.arranges(prepared.device, dual, stacked):
                 prepared._arrange()
         if free_original:
             if prepared.packed is not None:
@@ -201,6 +203,8 @@ class _Weights:
         """Bring the matrices into the form of Blackwell kernels, which everything else reads too."""
         self._hold(*(blackwell.prepared(m) for m in self.originals()))
         blackwell.load(len(self._names) == 2, self.outlines[0])
+        if len(self.shape) == 3 and len(self._names) == 2:
+            moe_launch.load(self.outlines[0])
         self._connect()
 
     def remember_arranged(self) -> None:

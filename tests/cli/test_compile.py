@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from compiled.test_cubin import FRAME_SIZE, REGISTERS, of_info, sized
-from glu4.backends.blackwell import arguments
+from glu4.backends.blackwell import arguments, moe_launch
 from glu4.backends.blackwell import launch as blackwell
 from glu4.backends.hopper.config import DECODE_THREADS, SHIPPED, Config
 from glu4.backends.hopper.grouped_config import GATHER_CONFIGS, GROUPED_SHIPPED
@@ -65,7 +65,7 @@ def test_other_architectures_are_refused_by_name(given: list[str]) -> None:
 def test_blackwell_kernels_are_a_set_of_their_own(own_cache: Path, arch: str) -> None:
     """Hopper's in the same cache are neither counted nor outdated."""
     fill(own_cache)
-    specs = blackwell.shipped(arch=arch)
+    specs = moe_launch.all_shipped(arch)
     rows = json.loads(RUNNER.invoke(app, ["compile", "--arch", arch, "--list", "--json"]).stdout)["kernels"]
     assert [row["name"] for row in rows] == [spec.name for spec in specs]
     assert {row["place"] for row in rows} == {"missing"}
@@ -83,7 +83,7 @@ def test_blackwell_kernels_are_a_set_of_their_own(own_cache: Path, arch: str) ->
 def test_a_blackwell_kernel_that_is_compiled_can_be_launched(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the builder writes of parameters is what a launch passes; the driver is one made of Python."""
     specs = blackwell.shipped(arch="sm_103a")[:1]
-    monkeypatch.setattr(blackwell, "shipped", lambda arch: specs)
+    monkeypatch.setattr(moe_launch, "all_shipped", lambda arch: specs)
     result = RUNNER.invoke(app, ["compile", "--arch", "sm_103a"])
     assert "1 of 1 kernels compiled" in result.stdout, result.output
     found = store.find(specs[0])

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import glu4
 from fake_blackwell import fake_blackwell
 from glu4 import dispatch
-from glu4.backends.blackwell import launch as blackwell
+from glu4.backends.blackwell import moe_launch
 from glu4.backends.hopper import tuned
 from glu4.backends.hopper.spec import shipped
 from glu4.cli import app, doctor, output
@@ -169,7 +169,7 @@ def blackwell_hints(*architectures: str | None) -> list[str]:
 
 
 def test_a_blackwell_gpu_without_kernels_is_told_the_command(own_cache, monkeypatch):
-    specs = blackwell.shipped(arch="sm_103a")
+    specs = moe_launch.all_shipped("sm_103a")
     wheel = "or install a wheel of glu4 that carries them"
     monkeypatch.setattr(store, "installed_dsl", lambda: store.DSL_VERSION)
     assert blackwell_hints(None) == []
@@ -192,12 +192,13 @@ def test_a_blackwell_gpu_without_kernels_is_told_the_command(own_cache, monkeypa
 def test_a_blackwell_device_made_of_python_has_its_line_its_hint_and_its_self_test(own_cache, monkeypatch):
     """Without kernels the portable backend runs there."""
     monkeypatch.setattr(store, "installed_dsl", lambda: store.DSL_VERSION)
-    line = f"Blackwell kernels (sm_100a): {len(blackwell.shipped())} shipped; 0 in the package, 0 in the cache, "
+    count = len(moe_launch.all_shipped("sm_100a"))
+    line = f"Blackwell kernels (sm_100a): {count} shipped; 0 in the package, 0 in the cache, "
     with fake_blackwell(monkeypatch, found=lambda spec: None):
         result = RUNNER.invoke(app, ["doctor"])
         document = json.loads(RUNNER.invoke(app, ["doctor", "--json"]).stdout)
     assert result.exit_code == 0, result.output
-    assert line + f"{len(blackwell.shipped())} missing, 0 damaged\n" in result.stdout
+    assert line + f"{count} missing, 0 damaged\n" in result.stdout
     assert "sm_100a Blackwell kernels are not compiled: glu4 compile --arch sm_100a; or install" in result.stdout
     assert document["devices"][0]["blackwell"] == "sm_100a"
     assert document["blackwell_kernels"]["sm_100a"]["device"]

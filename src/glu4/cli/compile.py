@@ -61,10 +61,10 @@ def command(
 
 def _shipped(arch: str) -> Sequence[Spec]:
     """Every kernel that the dispatch can choose on an architecture."""
-    from glu4.backends.blackwell import launch as blackwell
+    from glu4.backends.blackwell import moe_launch
     from glu4.backends.hopper.spec import shipped
 
-    return shipped() if arch == "sm_90a" else blackwell.shipped(arch=arch)
+    return shipped() if arch == "sm_90a" else moe_launch.all_shipped(arch)
 
 
 def _say_waiting() -> None:

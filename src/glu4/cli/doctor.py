@@ -144,11 +144,11 @@ def _kernels() -> dict[str, Any]:
 
 def _blackwell_kernels(architectures: Sequence[str | None]) -> dict[str, dict[str, Any]]:
     """By target, the same of the Blackwell kernels: of the devices that there are, or else of the first target."""
-    from glu4.backends.blackwell import launch
+    from glu4.backends.blackwell import launch, moe_launch
 
     there = dict.fromkeys(arch for arch in architectures if arch is not None)
     targets = list(there) or [next(iter(launch.ARCHITECTURES.values()))]
-    return {arch: _inventory(launch.shipped(arch=arch)) | {"device": arch in there} for arch in targets}
+    return {arch: _inventory(moe_launch.all_shipped(arch)) | {"device": arch in there} for arch in targets}
 
 
 def _inventory(specs: Sequence[Spec]) -> dict[str, Any]:

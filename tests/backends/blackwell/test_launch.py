@@ -291,7 +291,8 @@ def test_a_wrong_architecture_or_configuration_is_refused_before_any_launch(
 
 
 def test_grouped_problems_are_refused(cuda: FakeBlackwell) -> None:
-    assert launch.refusal(GroupedProblem(1, 2, 8, 32), CPU) == "grouped problems have no Blackwell kernel yet"
+    assert launch.refusal(GroupedProblem(1, 2, 8, 48), CPU) is None
+    assert "float16 activations" in str(launch.refusal(GroupedProblem(1, 2, 8, 32, "float16"), CPU))
 
 
 @pytest.mark.parametrize("arch", ["sm_100a", "sm_103a"])

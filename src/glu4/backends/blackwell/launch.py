@@ -20,6 +20,7 @@ from glu4.activation import Activation
 from glu4.backends.blackwell import arguments
 from glu4.backends.blackwell.arguments import Shape
 from glu4.backends.blackwell.config import Config, candidates, legal
+from glu4.backends.blackwell.moe_config import moe_refusal
 from glu4.backends.blackwell.spec import KernelSpec
 from glu4.compiled import store
 from glu4.compiled.driver import Kernel
@@ -106,7 +107,7 @@ def refusal(problem: Problem | GroupedProblem, device: torch.device) -> str | No
     if not is_blackwell(device):
         return "needs a GPU of compute capability 10.0 or 10.3"
     if isinstance(problem, GroupedProblem):
-        return legal(Config(), problem)
+        return moe_refusal(replace(problem, k=-(-problem.k // 32) * 32))
     if next(candidates(aligned(problem)), None) is not None:
         return None
     return legal(Config(), aligned(problem))

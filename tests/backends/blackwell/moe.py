@@ -1,0 +1,256 @@
+"""Kernels for mixtures of experts that the tests compile, and runs of them in the emulator, launched by the package's own code."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from backends.blackwell.grouped import DTYPES, SENTINEL, recording
+from glu4.activation import SILU, Activation
+from glu4.backends.blackwell import launch
+from glu4.backends.blackwell.emulation import export
+from glu4.backends.blackwell.moe_config import MoeConfig
+from glu4.backends.blackwell.moe_launch import ADDRESSES, MoeChoice, MoePlan, MoeShape, made_kernel
+from glu4.backends.blackwell.moe_spec import MoeSpec
+from glu4.backends.blackwell.moe_tokens import tile_table, tiled_scales
+from glu4.emulator.capture import CapturedLaunch, describe
+from glu4.emulator.launch import Result, emulate, load
+from glu4.emulator.program import Program
+from glu4.nvfp4 import NVFP4Tensor, _unchecked
+from glu4.verify import Case, check, full_range_case
+
+PROCESSORS = 3  # so that CTAs have several tiles, of several experts
+SPARE = 3  # rows of x that belong to nobody
+SUFFIXES = (".ptx", ".cubin", ".json", ".o", ".h")
+_TOGETHER = 3  # kernels that one process compiles
+
+
+@dataclass(frozen=True, eq=False)
+class MoeKernel:
+    """A kernel as `moe_build --export` wrote it."""
+
+    spec: MoeSpec
+    directory: Path
+
+    def file(self, suffix: str) -> Path:
+        return self.directory / f"{self.spec.name}{suffix}"
+
+    @cached_property
+    def ptx(self) -> str:
+        return self.file(".ptx").read_text()
+
+    @cached_property
+    def cubin(self) -> bytes:
+        return self.file(".cubin").read_bytes()
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.file(".json").read_text())
+        return found
+
+    @cached_property
+    def program(self) -> Program:
+        return load(self.ptx)
+
+
+class MoeKernels(Mapping[str, MoeKernel]):
+    """Kernels by name, compiled at their first use, a few in one process; once for all workers of a parallel run.
+
+    They stay in `directory`, from where a later run takes those whose sources are the same.
+    """
+
+    def __init__(self, specs: Mapping[str, MoeSpec], directory: Path) -> None:
+        self._specs, self._directory = specs, directory
+        self._made: dict[str, MoeKernel] = {}
+
+    def __getitem__(self, name: str) -> MoeKernel:
+        spec, names = self._specs[name], list(self._specs)
+        start = names.index(name) // _TOGETHER * _TOGETHER
+        batch = {self._specs[n].key: self._specs[n] for n in names[start : start + _TOGETHER]}
+        place = self._directory / spec.key
+        if not place.exists():
+            with FileLock(self._directory / f"{next(iter(batch))}.lock"):
+                missing = {key: s for key, s in batch.items() if not (self._directory / key).exists()}
+                made = self._directory / f"{spec.key}.making"
+                if missing:
+                    export(list(missing.values()), made)  # type: ignore[arg-type] # of which it reads builder, arch and name
+                for key, s in missing.items():
+                    own = made / key
+                    own.mkdir()
+                    for suffix in SUFFIXES:
+                        (made / f"{s.name}{suffix}").rename(own / f"{s.name}{suffix}")
+                    own.rename(self._directory / key)
+        return self._made.setdefault(name, MoeKernel(spec, place))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+
+def spec(out: str = "f16", **fields: Any) -> MoeSpec:
+    return MoeSpec(MoeConfig(**fields), out)
+
+
+# ---- a call ----
+
+
+def full_range(
+    seed: int, counts: Sequence[int], n: int, k: int, out: str = "f16", activation: Activation = SILU, bias: bool = True
+) -> Case:
+    """A full-range case whose experts have global scales other than their neighbours'."""
+    case = full_range_case(
+        seed, sum(counts), n, k, group_sizes=list(counts), out_dtype=DTYPES[out], activation=activation, bias=bias
+    )
+    assert case.up is not None
+    # gate's and up's by turns: no neighbours are equal, of hundreds of experts some others are
+    scales = torch.stack((case.gate.global_scale, case.up.global_scale), 1).flatten().tolist()
+    assert all(a != b for step in (1, 2) for a, b in zip(scales, scales[step:]))
+    return case
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """Operands and output of one call: x has SPARE rows more than the case, of other values, and C `[rows + 2, n + 8]` is full
+    of SENTINEL.
+
+    offsets  other ones than the case's
+    """
+
+    case: Case
+    kernel: MoeKernel
+    offsets: Sequence[int] | None = None
+
+    @cached_property
+    def x(self) -> NVFP4Tensor:
+        """Every scale of the rows of nobody is NaN."""
+        x = self.case.x
+        assert isinstance(x, NVFP4Tensor)
+        x = x.to_linear()
+        codes = torch.cat((x.codes, torch.full((SPARE, x.k // 2), 0x77, dtype=torch.uint8)))
+        scales = torch.cat((x.block_scale.view(torch.uint8), torch.full((SPARE, x.k // 16), 0x7F, dtype=torch.uint8)))
+        return _unchecked(codes, scales.view(torch.float8_e4m3fn), x.global_scale)
+
+    @cached_property
+    def out(self) -> Tensor:
+        return torch.full((self.x.shape[0] + 2, self.case.gate.rows + 8), SENTINEL, dtype=torch.int16)
+
+    @cached_property
+    def table(self) -> Tensor:
+        offsets = self.case.group_offsets if self.offsets is None else torch.tensor(self.offsets, dtype=torch.int32)
+        assert offsets is not None
+        return tile_table(offsets, self.x.shape[0], self.kernel.spec.config.tile_n)
+
+    @cached_property
+    def memory(self) -> dict[str, Tensor]:
+        """Every buffer by name."""
+        case = self.case
+        assert case.up is not None
+        gate, up = launch.prepared(case.gate), launch.prepared(case.up)
+        scale_x = tiled_scales(self.x.block_scale, self.table, self.kernel.spec.config.tile_n)
+        nothing = torch.zeros(1)
+        found = {
+            "gate": gate.codes, "scale_gate": gate.block_scale, "x": self.x.codes, "scale_x": scale_x, "up": up.codes,
+            "scale_up": up.block_scale, "table": self.table, "out": self.out, "global_x": self.x.global_scale,
+            "global_gate": gate.global_scale, "global_up": up.global_scale,
+            "gate_bias": nothing if case.gate_bias is None else case.gate_bias.float().contiguous(),
+            "up_bias": nothing if case.up_bias is None else case.up_bias.float().contiguous(),
+        }  # fmt: skip
+        assert tuple(found) == ADDRESSES
+        return {name: t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for name, t in found.items()}
+
+    @property
+    def shape(self) -> MoeShape:
+        return MoeShape(self.x.shape[0], self.case.gate.shape[0], self.case.gate.rows, self.case.k, self.out.stride(0))
+
+    def captured(self, processors: int = PROCESSORS) -> CapturedLaunch:
+        """What the package's host code launches."""
+        case, act = self.case, self.case.activation
+        with recording() as recorder:
+            recorder.remember(self.kernel.cubin, self.kernel.ptx)
+            made = made_kernel(self.kernel.spec, self.kernel.cubin, self.kernel.description)
+            flags = launch.flags_of(act, False, False, case.gate_bias, case.up_bias)
+            plan = MoePlan(
+                MoeChoice(made, self.kernel.spec.config, processors), self.shape, flags, (act.alpha, act.beta, act.limit)
+            )
+            plan.launch(-1, 0, [self.memory[name].data_ptr() for name in ADDRESSES])
+        ((_, launched),) = recorder.launches
+        return launched
+
+
+def run(
+    call: Call,
+    processors: int = PROCESSORS,
+    program: Program | None = None,
+    change: Any = lambda description: None,
+    ctas: Sequence[Sequence[int]] | None = None,
+    **options: Any,
+) -> tuple[Result, Tensor]:
+    """(result, C with the rest of its buffer); change: edits the launch, options: the emulator's.
+
+    ctas: the only ones to run, with those of their pairs.
+    """
+    buffers = {name: (t.data_ptr(), t.numel() * t.element_size()) for name, t in call.memory.items()}
+    description = describe(call.captured(processors), buffers)
+    if call.kernel.spec.config.pdl:
+        description["dependent"] = list(buffers)
+    if ctas is not None:
+        description["ctas"] = [list(c) for c in ctas]
+    change(description)
+    arrays = {name: t.numpy() for name, t in call.memory.items()}
+    result = emulate(program or call.kernel.program, description, arrays, **options)
+    return result, torch.from_numpy(result.buffers["out"])
+
+
+def tiles(call: Call) -> list[tuple[int, int, int, int]]:
+    """(expert, first row, row after the last, first column) of each tile in the order of the schedule, in plain Python."""
+    c, found = call.kernel.spec.config, []
+    assert call.case.group_offsets is not None
+    for e, (begin, end) in enumerate(itertools.pairwise(call.case.group_offsets.tolist())):
+        for column in range(0, call.case.gate.rows, c.tile_m):
+            found += [(e, row, min(row + c.tile_n, end), column) for row in range(begin, end, c.tile_n)]
+    return found
+
+
+def wrong(call: Call, found: Tensor, pieces: Sequence[tuple[int, int, int, int]] | None = None) -> list[str]:
+    """What is wrong: elements of C by the checker's limits, and anything that was written elsewhere.
+
+    pieces: the tiles that were run; all without.
+    """
+    case, dtype, n = call.case, DTYPES[call.kernel.spec.out], call.case.gate.rows
+    rest, findings = found.clone(), []
+    if pieces is None:
+        rows = case.out_shape[0]
+        if rows:
+            verdict = check(case, found[:rows, :n].contiguous().view(dtype), diagnose=False)
+            findings += [verdict.summary()] * (not verdict.ok)
+        rest[:rows, :n] = SENTINEL
+    for e, begin, end, column in pieces or ():
+        columns = slice(column, min(column + call.kernel.spec.config.tile_m, n))
+        one = _one(case, e, slice(begin, end), columns)
+        verdict = check(one, found[begin:end, columns].contiguous().view(dtype), diagnose=False)
+        findings += [f"expert {e}, rows {begin} to {end}, {columns}: {verdict.summary()}"] * (not verdict.ok)
+        rest[begin:end, columns] = SENTINEL
+    findings += ["written outside"] * (not bool((rest == SENTINEL).all()))
+    return findings
+
+
+def _one(case: Case, expert: int, rows: slice, columns: slice) -> Case:
+    """A tile as a dense case."""
+    assert isinstance(case.x, NVFP4Tensor)
+    gate, up = (
+        w[expert].narrow_rows(columns.start, columns.stop - columns.start) for w in (case.gate, case.up) if w is not None
+    )
+    gate_bias, up_bias = (None if b is None else b[expert, columns] for b in (case.gate_bias, case.up_bias))
+    x = case.x.narrow_rows(rows.start, rows.stop - rows.start)
+    return replace(case, x=x, gate=gate, up=up, gate_bias=gate_bias, up_bias=up_bias, group_offsets=None)
