@@ -1,8 +1,8 @@
 """Measured tables: which configuration was fastest on this very device, for the shapes that `glu4 tune` measured.
 
 A table belongs to one device by its full name and holds, for one operation, N, K and activation format, the fastest
-configuration at each measured M. It speaks for exactly those, and for an M in between it takes the next larger measured one,
-because token tiles round up; beyond the largest, and for every other shape, the cost model orders (`config.candidates`).
+configuration at each measured M. It speaks for exactly those, and between two that agree; where neighbours differ the change may
+lie anywhere between them, and there, beyond the largest, and for every other shape, the cost model orders (`config.candidates`).
 
 Where: `tables/` beside this file, then the user's own in the cache directory (`tuned/`), whose entries override. Configurations
 that a table names and this version does not have are passed over. A table that cannot be read is refused as a whole, with one
@@ -124,6 +124,8 @@ def best(problem: Problem, device: str) -> Config | None:
     if entry is None or problem.batched:
         return None
     i = bisect_left(entry.m, problem.m)
+    if i < len(entry.m) and entry.m[i] != problem.m and (i == 0 or entry.configs[i - 1] != entry.configs[i]):
+        return None
     config = entry.configs[i] if i < len(entry.m) else None
     return None if config is None or legal(config, problem) is not None else config
 
