@@ -187,7 +187,7 @@ def best_public(shape: DualShape | GroupShape) -> tuple[float, str] | None:
 def prediction(shape: DualShape | GroupShape, rates: Rates = RATES) -> tuple[Prediction, str]:
     """(prediction, configuration's name) of a shape on a B200: of a dual one, this project's kernel and its default.
 
-    This project has no grouped Blackwell kernel: of a group, its linear kernel as gau-nernst's v6b is arranged (weights are the
+    The model does not know the grouped kernel: of a group, the linear kernel as gau-nernst's v6b is arranged (weights are the
     MMA's rows, a pair, static, all stages). K is padded as a call pads it. Raises UnsupportedError where no configuration may
     run.
     """

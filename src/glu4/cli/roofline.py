@@ -141,7 +141,7 @@ def _print_beside(lines: list[tuple[Any, Limit, dict[str, Any]]]) -> None:
         table.add_row(_label(shape), *cells)
     console.print(table)
     console.print("A prediction is a model's, of a kernel that has never run on a GPU.")
-    console.print("A group has no kernel yet: it stands for the linear one. docs/model-sm100.md")
+    console.print("The model knows no grouped kernel: a group stands for the linear one. docs/model-sm100.md")
 
 
 def _print(operation: str, lines: list[tuple[Any, Limit]], x_format: str) -> None:
