@@ -1,8 +1,9 @@
 """Measured tables: which configuration was fastest on this very device, for the shapes that `glu4 tune` measured.
 
 A table belongs to one device by its full name and holds, for one operation, N, K and activation format, the fastest
-configuration at each measured M. It speaks for exactly those, and between two that agree; where neighbours differ the change may
-lie anywhere between them, and there, beyond the largest, and for every other shape, the cost model orders (`config.candidates`).
+configuration at each measured M. It speaks for exactly those, and between two that agree. Where neighbours differ the change
+may lie anywhere between them: there, beyond the largest, and for every other shape, the cost model orders
+(`config.candidates`).
 
 Where: `tables/` beside this file, then the user's own in the cache directory (`tuned/`), whose entries override. Configurations
 that a table names and this version does not have are passed over. A table that cannot be read is refused as a whole, with one
