@@ -1,4 +1,4 @@
-"""Threads for parallel runs, and the skip of GPU tests where there is no GPU."""
+"""Threads for parallel runs, no deadlines for examples, and the skip of GPU tests where there is no GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
+
+# a machine that others use makes any example slow now and then; pytest-timeout ends what hangs
+settings.register_profile("glu4", deadline=None)
+settings.load_profile("glu4")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from compiled.slow_builder import SlowSpec
 from glu4.backends.hopper import spec as spec_module
 from glu4.backends.hopper.config import SHIPPED
-from glu4.backends.hopper.grouped_config import GROUPED_SHIPPED
+from glu4.backends.hopper.grouped_config import GATHER_CONFIGS, GROUPED_SHIPPED
 from glu4.backends.hopper.spec import DecodeSpec, KernelSpec, shipped, shipped_grouped, spec_from_dict
 from glu4.compiled import store
 
@@ -56,12 +56,12 @@ def test_specs_survive_json() -> None:
 
 
 def test_the_shipped_set() -> None:
-    """Every configuration for 16-bit tokens, kernels that decode tokens where one can, and the one that decodes ahead."""
+    """Every configuration for 16-bit tokens, kernels that decode tokens where one can, and those that decode ahead."""
     both = [s for s in shipped() if isinstance(s, KernelSpec)]
     assert len(both) == 2 * (4 * len(SHIPPED) + 2 * sum(c.takes_nvfp4 for c in SHIPPED))
     assert [s for s in shipped() if s not in both] == shipped_grouped()
-    assert len(shipped_grouped()) == 4 * len(GROUPED_SHIPPED) + 1
-    assert shipped_grouped()[-1] == DecodeSpec()
+    assert len(shipped_grouped()) == 4 * len((*GROUPED_SHIPPED, *GATHER_CONFIGS)) + 2
+    assert shipped_grouped()[-2:] == [DecodeSpec(gather=True), DecodeSpec()]
     assert {(s.x, s.out, s.dual) for s in both} == set(product(("f16", "bf16", "nvfp4"), ("f16", "bf16"), (True, False)))
     assert all(s.config.takes_nvfp4 for s in both if s.nvfp4)
     for dual in (True, False):

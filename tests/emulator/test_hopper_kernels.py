@@ -321,7 +321,13 @@ DECODER_FAULTS: dict[str, Sequence[Edit]] = {
     "columns of atoms not rounded up": (("decode_tokens", "(width // 2 + 3) // 4", "swizzled // 2 // 4"),),
     "no second atom of rows": (("decode_tokens", "((row // 128) * atoms + column // 4)", "(column // 4)"),),
     "scales linear": (("decode_tokens", "if swizzled != 0:", "if swizzled == -1:"),),
-    "2^-7 of the values": (("decode_tokens", "asm_u32(_PRODUCT, values[pair], _TWO_TO_7)", "values[pair]"),),
+    "2^-7 of the values": (
+        (
+            "decode_tokens",
+            "asm_u32(_PRODUCT, values[pair], _TWO_TO_7)\n                store_16_bytes(out.iterator.toint() + Int64(word)",
+            "values[pair]\n                store_16_bytes(out.iterator.toint() + Int64(word)",
+        ),
+    ),
     "no sign": (("decode_tokens", "odd = (word & 0x80808080) | ", "odd = "),),
     "halves exchanged": (("decode_tokens", '("0x1404", "0x3424")', '("0x3424", "0x1404")'),),
 }

@@ -11,7 +11,7 @@ import torch
 from fake_hopper import FakeCuda, fake_hopper
 from glu4 import GatedWeights, NVFP4Tensor, UnsupportedError, grouped_dual_gemm, grouped_linear, quantize
 from glu4.activation import Activation
-from glu4.backends.hopper.grouped_config import GROUPED_SHIPPED, GroupedConfig, grouped_legal
+from glu4.backends.hopper.grouped_config import GATHER_CONFIGS, GROUPED_SHIPPED, GroupedConfig, grouped_legal
 from glu4.backends.hopper.spec import DecodeSpec, GroupedSpec, shipped_grouped, spec_from_dict
 from glu4.problem import GroupedProblem
 from operands import full_range
@@ -119,7 +119,7 @@ def test_specs_come_back_as_they_were_written() -> None:
     for spec in shipped_grouped():
         assert spec_from_dict(spec.to_dict()) == spec
     specs = [s for s in shipped_grouped() if isinstance(s, GroupedSpec)]
-    assert len({s.name for s in specs}) == len(specs) == 4 * len(GROUPED_SHIPPED)
+    assert len({s.name for s in specs}) == len(specs) == 4 * len((*GROUPED_SHIPPED, *GATHER_CONFIGS))
     one, other = (GroupedSpec(GroupedConfig(share=s), "f16", "f16") for s in (6000, 0))
     assert one.name != other.name
     assert one.key != other.key
