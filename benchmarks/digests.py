@@ -32,7 +32,8 @@ from glu4 import NVFP4Tensor
 from glu4.backends.hopper import launch
 from glu4.backends.hopper.config import SHIPPED, Config
 from glu4.backends.hopper.pack import pack_gated, pack_matrix
-from glu4.backends.hopper.spec import _source_hash
+from glu4.backends.hopper.spec import SOURCES
+from glu4.compiled.sources import source_hash
 from glu4.problem import dense_problem
 
 # mean squares: of e2m1 over its 16 codes; of the e4m3 bytes 0x00 to 0x7E
@@ -188,7 +189,7 @@ def document(device: str, commit: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit,
-        "kernel_sources": _source_hash()[:16],
+        "kernel_sources": source_hash(SOURCES)[:16],
         "inputs": {case.name: inputs(case).digest for case in CASES},
         "rows_have_the_same_bits_alone": rows_alone(device),
         "rows": [row for case in CASES for row in rows(case, device)],

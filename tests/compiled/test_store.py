@@ -17,11 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from compiled.slow_builder import SlowSpec
-from glu4.backends.hopper import spec as spec_module
 from glu4.backends.hopper.config import SHIPPED
 from glu4.backends.hopper.grouped_config import GATHER_CONFIGS, GROUPED_SHIPPED
 from glu4.backends.hopper.spec import DecodeSpec, KernelSpec, shipped, shipped_grouped, spec_from_dict
-from glu4.compiled import store
+from glu4.compiled import sources, store
 
 SPEC, OTHER = shipped()[:2]
 CUBIN = bytes(range(256)) * 40
@@ -133,7 +132,7 @@ def test_a_directory_in_place_of_a_file_is_no_kernel(own_cache: Path) -> None:
 def test_changed_sources_are_another_kernel(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
     path = store.write(own_cache, SPEC, CUBIN, {})
     assert store.inventory([SPEC]).outdated == []
-    monkeypatch.setattr(spec_module, "_source_hash", lambda *_: "other")
+    monkeypatch.setattr(sources, "source_hash", lambda *_: "other")
     assert store.find(SPEC) is None
     assert store.inventory([SPEC]).outdated == [path]
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from glu4.backends.hopper.config import SHIPPED
-from glu4.backends.hopper.spec import _source_hash
+from glu4.backends.hopper.spec import SOURCES
+from glu4.compiled.sources import source_hash
 from gpu.harness import Target
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +88,7 @@ def test_outputs_are_the_recorded_ones(hopper: Target, digests: ModuleType) -> N
     if not file.exists():
         pytest.skip(f"{file.name} is not recorded yet")
     recorded = json.loads(file.read_text())
-    if recorded["kernel_sources"] != _source_hash()[:16]:
+    if recorded["kernel_sources"] != source_hash(SOURCES)[:16]:
         pytest.skip(f"{file.name} was recorded for other kernel sources; run benchmarks/digests.py --output again")
     assert digests.differences(recorded, digests.document(hopper.device, "")) == []
 

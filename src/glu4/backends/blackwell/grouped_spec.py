@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
-from functools import cache
-from importlib.resources import files
 from typing import Any, ClassVar
 
 from glu4.backends.blackwell import spec
 from glu4.backends.blackwell.grouped_config import GroupConfig
-from glu4.compiled.store import DSL_VERSION
+from glu4.compiled.sources import kernel_key
 
 __all__ = ["GroupSpec"]
 
 _FILES = ("grouped_config", "grouped_instructions", "grouped_epilogue", "grouped_gemm", "grouped_build")
-_SOURCES = (*spec._SOURCES, *(f"backends/blackwell/{name}.py" for name in _FILES))
+SOURCES = (*spec.SOURCES, *(f"backends/blackwell/{name}.py" for name in _FILES))
 
 
 @dataclass(frozen=True)
@@ -37,8 +34,7 @@ class GroupSpec:
     @property
     def key(self) -> str:
         """Sources, configuration, architecture and tool version, as 16 hexadecimal digits."""
-        text = f"{_source_hash()} {self.name} {self.arch} nvidia-cutlass-dsl {DSL_VERSION}"
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return kernel_key(self.name, self.arch, SOURCES)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -47,12 +43,3 @@ class GroupSpec:
     def from_dict(cls, d: dict[str, Any]) -> GroupSpec:
         """What `to_dict` wrote."""
         return cls(**{**d, "config": GroupConfig(**d["config"])})
-
-
-@cache
-def _source_hash() -> str:
-    root = files("glu4")
-    digest = hashlib.sha256()
-    for name in _SOURCES:
-        digest.update(name.encode() + b"\0" + root.joinpath(name).read_bytes() + b"\0")
-    return digest.hexdigest()

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
-from functools import cache
-from importlib.resources import files
 from typing import Any, ClassVar
 
 import torch
 
 from glu4.backends.blackwell import grouped_spec
 from glu4.backends.blackwell.moe_config import MoeConfig
-from glu4.compiled.store import DSL_VERSION
+from glu4.compiled.sources import kernel_key
 
 __all__ = ["MoeSpec"]
 
 _FILES = ("moe_config", "moe_epilogue", "moe_gemm", "moe_build")
-_SOURCES = (*grouped_spec._SOURCES, *(f"backends/blackwell/{name}.py" for name in _FILES))
+SOURCES = (*grouped_spec.SOURCES, *(f"backends/blackwell/{name}.py" for name in _FILES))
 _TYPES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
@@ -43,8 +40,7 @@ class MoeSpec:
     @property
     def key(self) -> str:
         """Sources, configuration, architecture and tool version, as 16 hexadecimal digits."""
-        text = f"{_source_hash()} {self.name} {self.arch} nvidia-cutlass-dsl {DSL_VERSION}"
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return kernel_key(self.name, self.arch, SOURCES)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,12 +49,3 @@ class MoeSpec:
     def from_dict(cls, d: dict[str, Any]) -> MoeSpec:
         """What `to_dict` wrote."""
         return cls(**{**d, "config": MoeConfig(**d["config"])})
-
-
-@cache
-def _source_hash() -> str:
-    root = files("glu4")
-    digest = hashlib.sha256()
-    for name in _SOURCES:
-        digest.update(name.encode() + b"\0" + root.joinpath(name).read_bytes() + b"\0")
-    return digest.hexdigest()

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
-from functools import cache
-from importlib.resources import files
 from typing import Any, ClassVar
 
 import torch
 
 from glu4.backends.blackwell.config import Config
-from glu4.compiled.store import DSL_VERSION
+from glu4.compiled.sources import kernel_key
 
 __all__ = ["KernelSpec"]
 
 _FILES = ("config", "instructions", "epilogue", "dual_tiles", "dual_loads", "dual_gemm", "build")
-_SOURCES = tuple(f"backends/blackwell/{name}.py" for name in _FILES)
+SOURCES = tuple(f"backends/blackwell/{name}.py" for name in _FILES)
 _TYPES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
@@ -49,8 +46,7 @@ class KernelSpec:
     @property
     def key(self) -> str:
         """Sources, configuration, architecture and tool version, as 16 hexadecimal digits."""
-        text = f"{_source_hash()} {self.name} {self.arch} nvidia-cutlass-dsl {DSL_VERSION}"
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return kernel_key(self.name, self.arch, SOURCES)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,12 +55,3 @@ class KernelSpec:
     def from_dict(cls, d: dict[str, Any]) -> KernelSpec:
         """What `to_dict` wrote."""
         return cls(**{**d, "config": Config(**d["config"])})
-
-
-@cache
-def _source_hash() -> str:
-    root = files("glu4")
-    digest = hashlib.sha256()
-    for name in _SOURCES:
-        digest.update(name.encode() + b"\0" + root.joinpath(name).read_bytes() + b"\0")
-    return digest.hexdigest()

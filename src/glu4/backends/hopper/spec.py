@@ -5,25 +5,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
-from functools import cache
-from importlib.resources import files
 from typing import Any, ClassVar
 
 import torch
 
 from glu4.backends.hopper.config import SHIPPED, Config
 from glu4.backends.hopper.grouped_config import GATHER_CONFIGS, GROUPED_SHIPPED, GroupedConfig
-from glu4.compiled.store import DSL_VERSION
+from glu4.compiled.sources import kernel_key
 
 __all__ = ["DecodeSpec", "GroupedSpec", "KernelSpec", "Spec", "gathering", "shipped", "shipped_grouped", "spec_from_dict"]
 
-_SOURCES = tuple(
+SOURCES = tuple(
     f"backends/hopper/{name}.py" for name in ("config", "pack", "instructions", "dual_gemm", "decode_tokens", "build")
 )
 _GROUPED_SOURCES = (
-    *_SOURCES,
+    *SOURCES,
     *(f"backends/hopper/{name}.py" for name in ("grouped_config", "grouped_schedule", "grouped_gemm", "grouped_build")),
 )
 _BUILDER = "glu4.backends.hopper.build"  # the module that compiles these, run in a process of its own
@@ -61,7 +58,7 @@ class KernelSpec:
     @property
     def key(self) -> str:
         """Sources, configuration, architecture and tool version, as 16 hexadecimal digits."""
-        return _key(self.name, self.arch)
+        return kernel_key(self.name, self.arch, SOURCES)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,7 +85,7 @@ class DecodeSpec:
     @property
     def key(self) -> str:
         """As `KernelSpec.key`."""
-        return _key(self.name, self.arch)
+        return kernel_key(self.name, self.arch, SOURCES)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -117,7 +114,7 @@ class GroupedSpec:
     @property
     def key(self) -> str:
         """As `KernelSpec.key`; the configuration in full, because its name only counts widths."""
-        return _key(f"{self.name} {self.config}", self.arch, _GROUPED_SOURCES)
+        return kernel_key(f"{self.name} {self.config}", self.arch, _GROUPED_SOURCES)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "kind": "grouped"}
@@ -136,20 +133,6 @@ def spec_from_dict(d: dict[str, Any]) -> Spec:
     if d.get("kind") == "grouped":
         return GroupedSpec.from_dict(d)
     return KernelSpec.from_dict(d) if "config" in d else DecodeSpec(**d)
-
-
-def _key(name: str, arch: str, sources: tuple[str, ...] = _SOURCES) -> str:
-    text = f"{_source_hash(sources)} {name} {arch} nvidia-cutlass-dsl {DSL_VERSION}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@cache
-def _source_hash(sources: tuple[str, ...] = _SOURCES) -> str:
-    root = files("glu4")
-    digest = hashlib.sha256()
-    for name in sources:
-        digest.update(name.encode() + b"\0" + root.joinpath(name).read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def shipped_grouped() -> list[Spec]:
