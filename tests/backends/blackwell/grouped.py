@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 from torch import Tensor
 
+from backends.blackwell.exported import ExportedKernel
 from glu4.activation import SILU, Activation
-from glu4.backends.blackwell.emulation import export
 from glu4.backends.blackwell.grouped_config import GroupConfig, Size, Tile
 from glu4.backends.blackwell.grouped_launch import GroupChoice, GroupPlan, grouped_sizes
 from glu4.backends.blackwell.grouped_spec import GroupSpec
 from glu4.compiled import driver
 from glu4.compiled.driver import Kernel
 from glu4.emulator.capture import CapturedLaunch, describe
-from glu4.emulator.launch import Result, emulate, load
+from glu4.emulator.launch import Result, emulate
 from glu4.emulator.program import Program
 from glu4.nvfp4 import NVFP4Tensor
 from glu4.verify import Case, check, full_range_case
@@ -32,72 +29,6 @@ from glu4.verify.recorder import Recorder
 PROCESSORS = 3  # so that a persistent kernel's CTAs have several tiles, of several groups
 SENTINEL = 0x7E55  # a NaN with a payload in both 16-bit types: where nothing was written it stays
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
-SUFFIXES = (".ptx", ".cubin", ".json")
-_TOGETHER = 4  # kernels that one process compiles
-
-
-@dataclass(frozen=True, eq=False)
-class GroupKernel:
-    """A kernel as `grouped_build --export` wrote it."""
-
-    spec: GroupSpec
-    directory: Path
-
-    def _file(self, suffix: str) -> Path:
-        return self.directory / f"{self.spec.name}{suffix}"
-
-    @cached_property
-    def ptx(self) -> str:
-        return self._file(".ptx").read_text()
-
-    @cached_property
-    def cubin(self) -> bytes:
-        return self._file(".cubin").read_bytes()
-
-    @cached_property
-    def description(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self._file(".json").read_text())
-        return found
-
-    @cached_property
-    def program(self) -> Program:
-        return load(self.ptx)
-
-
-class GroupKernels(Mapping[str, GroupKernel]):
-    """Kernels by name, compiled at their first use, a few in one process; once for all workers of a parallel run.
-
-    They stay in `directory`, from where a later run takes those whose sources are the same.
-    """
-
-    def __init__(self, specs: Mapping[str, GroupSpec], directory: Path) -> None:
-        self._specs, self._directory = specs, directory
-        self._made: dict[str, GroupKernel] = {}
-
-    def __getitem__(self, name: str) -> GroupKernel:
-        spec, names = self._specs[name], list(self._specs)
-        start = names.index(name) // _TOGETHER * _TOGETHER
-        batch = {self._specs[n].key: self._specs[n] for n in names[start : start + _TOGETHER]}
-        place = self._directory / spec.key
-        if not place.exists():
-            with FileLock(self._directory / f"{next(iter(batch))}.lock"):
-                missing = {key: s for key, s in batch.items() if not (self._directory / key).exists()}
-                made = self._directory / f"{spec.key}.making"
-                if missing:
-                    export(list(missing.values()), made)  # type: ignore[arg-type] # of which it reads builder, arch and name
-                for key, s in missing.items():
-                    own = made / key
-                    own.mkdir()
-                    for suffix in SUFFIXES:
-                        (made / f"{s.name}{suffix}").rename(own / f"{s.name}{suffix}")
-                    own.rename(self._directory / key)
-        return self._made.setdefault(name, GroupKernel(spec, place))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._specs)
-
-    def __len__(self) -> int:
-        return len(self._specs)
 
 
 # ---- a launch ----
@@ -119,7 +50,7 @@ class Call:
     SENTINEL."""
 
     cases: Sequence[Case]
-    kernel: GroupKernel
+    kernel: ExportedKernel
 
     @property
     def sizes(self) -> list[Size]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from backends.blackwell import machine_code
-from backends.blackwell.grouped import GroupKernel, GroupKernels
+from backends.blackwell.exported import ExportedKernel, ExportedKernels
 from backends.blackwell.table import COLUMNS, DOCUMENT
 from glu4.backends.blackwell.grouped_config import candidates
 from glu4.backends.blackwell.grouped_spec import GroupSpec
@@ -27,7 +27,7 @@ DEFAULTS = {shape: GroupSpec(next(candidates(shape.sizes))) for shape in (*GROUP
 SPECS = {spec.name: spec for spec in DEFAULTS.values()}
 
 
-def table(kernels: Mapping[str, GroupKernel]) -> str:
+def table(kernels: Mapping[str, ExportedKernel]) -> str:
     """A row for each kernel; instructions are of the machine code."""
     rows = []
     for name, spec in SPECS.items():
@@ -46,7 +46,7 @@ def written() -> str:
 
 
 def main() -> None:
-    found = table(GroupKernels(SPECS, Path(sys.argv[1]).absolute()))
+    found = table(ExportedKernels(SPECS, Path(sys.argv[1]).absolute()))
     text = DOCUMENT.read_text()
     DOCUMENT.write_text(text.split(BEGIN)[0] + BEGIN + found + END + text.split(END)[1])
 

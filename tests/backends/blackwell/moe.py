@@ -3,99 +3,37 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
+from backends.blackwell.exported import ExportedKernel, ExportedKernels
 from backends.blackwell.grouped import DTYPES, SENTINEL, recording
 from glu4.activation import SILU, Activation
 from glu4.backends.blackwell import launch
-from glu4.backends.blackwell.emulation import export
 from glu4.backends.blackwell.moe_config import MoeConfig
 from glu4.backends.blackwell.moe_launch import ADDRESSES, MoeChoice, MoePlan, MoeShape, made_kernel
 from glu4.backends.blackwell.moe_spec import MoeSpec
 from glu4.backends.blackwell.moe_tokens import tile_table, tiled_scales
 from glu4.emulator.capture import CapturedLaunch, describe
-from glu4.emulator.launch import Result, emulate, load
+from glu4.emulator.launch import Result, emulate
 from glu4.emulator.program import Program
 from glu4.nvfp4 import NVFP4Tensor, _unchecked
 from glu4.verify import Case, check, full_range_case
 
 PROCESSORS = 3  # so that CTAs have several tiles, of several experts
 SPARE = 3  # rows of x that belong to nobody
-SUFFIXES = (".ptx", ".cubin", ".json", ".o", ".h")
-_TOGETHER = 3  # kernels that one process compiles
 
 
-@dataclass(frozen=True, eq=False)
-class MoeKernel:
-    """A kernel as `moe_build --export` wrote it."""
+class MoeKernels(ExportedKernels):
+    """With CuTe DSL's host objects."""
 
-    spec: MoeSpec
-    directory: Path
-
-    def file(self, suffix: str) -> Path:
-        return self.directory / f"{self.spec.name}{suffix}"
-
-    @cached_property
-    def ptx(self) -> str:
-        return self.file(".ptx").read_text()
-
-    @cached_property
-    def cubin(self) -> bytes:
-        return self.file(".cubin").read_bytes()
-
-    @cached_property
-    def description(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.file(".json").read_text())
-        return found
-
-    @cached_property
-    def program(self) -> Program:
-        return load(self.ptx)
-
-
-class MoeKernels(Mapping[str, MoeKernel]):
-    """Kernels by name, compiled at their first use, a few in one process; once for all workers of a parallel run.
-
-    They stay in `directory`, from where a later run takes those whose sources are the same.
-    """
-
-    def __init__(self, specs: Mapping[str, MoeSpec], directory: Path) -> None:
-        self._specs, self._directory = specs, directory
-        self._made: dict[str, MoeKernel] = {}
-
-    def __getitem__(self, name: str) -> MoeKernel:
-        spec, names = self._specs[name], list(self._specs)
-        start = names.index(name) // _TOGETHER * _TOGETHER
-        batch = {self._specs[n].key: self._specs[n] for n in names[start : start + _TOGETHER]}
-        place = self._directory / spec.key
-        if not place.exists():
-            with FileLock(self._directory / f"{next(iter(batch))}.lock"):
-                missing = {key: s for key, s in batch.items() if not (self._directory / key).exists()}
-                made = self._directory / f"{spec.key}.making"
-                if missing:
-                    export(list(missing.values()), made)  # type: ignore[arg-type] # of which it reads builder, arch and name
-                for key, s in missing.items():
-                    own = made / key
-                    own.mkdir()
-                    for suffix in SUFFIXES:
-                        (made / f"{s.name}{suffix}").rename(own / f"{s.name}{suffix}")
-                    own.rename(self._directory / key)
-        return self._made.setdefault(name, MoeKernel(spec, place))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._specs)
-
-    def __len__(self) -> int:
-        return len(self._specs)
+    suffixes = (*ExportedKernels.suffixes, ".o", ".h")
+    together = 3
 
 
 def spec(out: str = "f16", **fields: Any) -> MoeSpec:
@@ -128,7 +66,7 @@ class Call:
     """
 
     case: Case
-    kernel: MoeKernel
+    kernel: ExportedKernel
     offsets: Sequence[int] | None = None
 
     @cached_property

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from backends.blackwell import machine_code
+from backends.blackwell.exported import ExportedKernel
 from backends.blackwell.grouped_table import SHOWN
-from backends.blackwell.moe import MoeKernel, MoeKernels
+from backends.blackwell.moe import MoeKernels
 from backends.blackwell.table import DOCUMENT
 from glu4.backends.blackwell.moe_launch import shipped
 from glu4.compiled.cubin import resources
@@ -24,7 +25,7 @@ HEAD = f"""\
 SPECS = {spec.name: spec for spec in shipped() if spec.out == "f16"}
 
 
-def table(kernels: Mapping[str, MoeKernel]) -> str:
+def table(kernels: Mapping[str, ExportedKernel]) -> str:
     """A row for each kernel; instructions are of the machine code."""
     rows = []
     for name, spec in SPECS.items():

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from backends.blackwell import grouped_table, machine_code
-from backends.blackwell.grouped import DTYPES, Call, GroupKernel, GroupKernels, full_range, run, spec, wrong
+from backends.blackwell.exported import ExportedKernel, ExportedKernels
+from backends.blackwell.grouped import DTYPES, Call, full_range, run, spec, wrong
 from backends.blackwell.test_dual_gemm import PASSED, WAIT
 from glu4.activation import IDENTITY, clamped_silu, swiglu_oai
 from glu4.backends.blackwell.emulation import export
@@ -68,16 +69,16 @@ DEFAULTS = {str(shape): GroupSpec(next(candidates(shape.sizes))) for shape in (*
 
 
 @pytest.fixture(scope="module")
-def kernels(compiled: Path) -> GroupKernels:
-    return GroupKernels({name: one for name, (one, _) in KERNELS.items()}, compiled)
+def kernels(compiled: Path) -> ExportedKernels:
+    return ExportedKernels({name: one for name, (one, _) in KERNELS.items()}, compiled)
 
 
 @pytest.fixture(scope="module")
-def defaults(compiled: Path) -> GroupKernels:
-    return GroupKernels(DEFAULTS, compiled)
+def defaults(compiled: Path) -> ExportedKernels:
+    return ExportedKernels(DEFAULTS, compiled)
 
 
-def prove(kernel: GroupKernel, cases: Sequence[Case], schedules: Any = SLOWEST_AND_RANDOM, **options: Any) -> None:
+def prove(kernel: ExportedKernel, cases: Sequence[Case], schedules: Any = SLOWEST_AND_RANDOM, **options: Any) -> None:
     call = Call(cases, kernel)
     assert grouped_legal(kernel.spec.config, call.sizes) is None
     for schedule, seed in schedules:
@@ -90,7 +91,7 @@ def prove(kernel: GroupKernel, cases: Sequence[Case], schedules: Any = SLOWEST_A
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_full_range_with_tails(kernels: GroupKernels, name: str) -> None:
+def test_full_range_with_tails(kernels: ExportedKernels, name: str) -> None:
     """Each group's global scales are its own; every hazard check is on."""
     one, sizes = KERNELS[name]
     prove(kernels[name], full_range(2, sizes, one.out, one.config.gated))
@@ -98,36 +99,36 @@ def test_full_range_with_tails(kernels: GroupKernels, name: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", KERNELS)
-def test_twenty_schedules(kernels: GroupKernels, name: str) -> None:
+def test_twenty_schedules(kernels: ExportedKernels, name: str) -> None:
     one, sizes = KERNELS[name]
     prove(kernels[name], full_range(2, sizes, one.out, one.config.gated), TWENTY)
 
 
 @pytest.mark.parametrize("name", ["base", "pair", "launch control", "gated", "gated, pair"])
-def test_exact_sums(kernels: GroupKernels, name: str) -> None:
+def test_exact_sums(kernels: ExportedKernels, name: str) -> None:
     one, sizes = KERNELS[name]
     cases = [exact_sum_case(4 + g, max(m, 1), n, k, linear=not one.config.gated) for g, (m, n, k) in enumerate(sizes)]
     prove(kernels[name], [replace(case, out_dtype=DTYPES[one.out]) for case in cases], SCHEDULES[1:2])
 
 
-def test_every_code_under_every_scale(kernels: GroupKernels) -> None:
+def test_every_code_under_every_scale(kernels: ExportedKernels) -> None:
     """128 tokens pick 128 of K; 128 weights of 8 blocks run through all 127 scales and all 16 codes, in the second group."""
     prove(kernels["base"], [*full_range(5, [(40, 72, 288)]), one_hot_case(3, 128, 128, 128, linear=True)], SCHEDULES[1:2])
 
 
 @pytest.mark.parametrize("which", ["gate", "up"])
-def test_every_code_under_every_scale_of_two_weights(kernels: GroupKernels, which: Any) -> None:
+def test_every_code_under_every_scale_of_two_weights(kernels: ExportedKernels, which: Any) -> None:
     cases = [one_hot_case(3 + g, 128, 128, 128, which=which) for g in range(2)]
     for case in cases:  # one a launch, since a launch has one activation
         prove(kernels["gated"], [case, replace(case, name="again")], SCHEDULES[1:2])
 
 
 @pytest.mark.parametrize("activation", [clamped_silu(1.5), swiglu_oai(), IDENTITY], ids=lambda a: a.name)
-def test_activations(kernels: GroupKernels, activation: Any) -> None:
+def test_activations(kernels: ExportedKernels, activation: Any) -> None:
     prove(kernels["gated, n 32"], full_range(5, [(40, 72, 288), *FOUR[1:]], "bf16", True, activation), SCHEDULES[1:2])
 
 
-def test_a_nan_scale_poisons_its_own_row_or_column_of_its_group(kernels: GroupKernels) -> None:
+def test_a_nan_scale_poisons_its_own_row_or_column_of_its_group(kernels: ExportedKernels) -> None:
     first, second = full_range(7, [(64, 72, 544), (64, 72, 288)])
     assert isinstance(second.x, NVFP4Tensor)
     x, weights = second.x.to_linear(), second.gate.to_linear()
@@ -143,7 +144,7 @@ def test_a_nan_scale_poisons_its_own_row_or_column_of_its_group(kernels: GroupKe
 
 
 @pytest.mark.parametrize("processors", [1, 2, 5, 148])
-def test_any_number_of_processors(kernels: GroupKernels, processors: int) -> None:
+def test_any_number_of_processors(kernels: ExportedKernels, processors: int) -> None:
     """One CTA for everything, or more than there are tiles; the bits are the same."""
     call = Call(full_range(3, TWO), kernels["base"])
     result, found = run(call, processors=processors, schedule_name="random", seed=1)
@@ -154,7 +155,7 @@ def test_any_number_of_processors(kernels: GroupKernels, processors: int) -> Non
 
 
 @pytest.mark.parametrize("resident", [1, 2, 3])
-def test_few_ctas_take_over_all_tiles(kernels: GroupKernels, resident: int) -> None:
+def test_few_ctas_take_over_all_tiles(kernels: ExportedKernels, resident: int) -> None:
     call = Call(full_range(3, KERNELS["launch control"][1]), kernels["launch control"])
     result, found = run(call, resident=resident, schedule_name="random", seed=1)
     assert result.report.clean, str(result.report)
@@ -162,7 +163,7 @@ def test_few_ctas_take_over_all_tiles(kernels: GroupKernels, resident: int) -> N
 
 
 @pytest.mark.parametrize("name", ["base", "launch control", "one wave"])
-def test_nothing_to_do(kernels: GroupKernels, name: str) -> None:
+def test_nothing_to_do(kernels: ExportedKernels, name: str) -> None:
     sizes = [(0, 8, 32)] * KERNELS[name][0].config.groups
     prove(kernels[name], full_range(1, sizes), SCHEDULES[1:3])
 
@@ -172,14 +173,14 @@ def test_nothing_to_do(kernels: GroupKernels, name: str) -> None:
 
 @pytest.mark.parametrize("processors", [148, pytest.param(6, marks=pytest.mark.long)])
 @pytest.mark.parametrize("shape", GROUP_TESTS, ids=str)
-def test_public_test_shapes_whole(defaults: GroupKernels, shape: GroupShape, processors: int) -> None:
+def test_public_test_shapes_whole(defaults: ExportedKernels, shape: GroupShape, processors: int) -> None:
     """The default kernel: a CTA or pair for each tile, as on a B200; and three pairs or six CTAs for all."""
     schedule = SCHEDULES[1:2] if processors == 148 else SCHEDULES[2:3]
     prove(defaults[str(shape)], full_range(11, shape.sizes), schedule, processors=processors)
 
 
 @pytest.mark.parametrize("shape", GROUP_BENCHMARKS, ids=str)
-def test_public_benchmark_shapes_at_sampled_tiles(defaults: GroupKernels, shape: GroupShape) -> None:
+def test_public_benchmark_shapes_at_sampled_tiles(defaults: ExportedKernels, shape: GroupShape) -> None:
     """On 148 processors: the first and the last worker and one between, each with all its tiles, at full M, N and K."""
     kernel = defaults[str(shape)]
     c = kernel.spec.config
@@ -220,7 +221,7 @@ WRONG_PARAMETERS = {
 }  # fmt: skip
 
 
-def test_parameters_of_up_for_those_of_gate_are_found(kernels: GroupKernels) -> None:
+def test_parameters_of_up_for_those_of_gate_are_found(kernels: ExportedKernels) -> None:
     """Maps of codes, of scales, and global scales, exchanged in one group."""
     call = Call(full_range(8, [(40, 72, 288), (24, 136, 544)], gated=True), kernels["gated"])
     last = len(call.kernel.description["params"]) - 4  # of the activation
@@ -231,13 +232,13 @@ def test_parameters_of_up_for_those_of_gate_are_found(kernels: GroupKernels) -> 
 
 
 @pytest.mark.parametrize("fault", WRONG_PARAMETERS)
-def test_parameters_of_another_group_are_found(kernels: GroupKernels, fault: str) -> None:
+def test_parameters_of_another_group_are_found(kernels: ExportedKernels, fault: str) -> None:
     call = Call(full_range(8, [(40, 72, 288), (24, 136, 544)]), kernels["base"])
     result, found = run(call, change=WRONG_PARAMETERS[fault], max_instructions=300_000)
     assert wrong(call, found) or not result.report.clean
 
 
-def test_global_scales_of_another_group_are_found(kernels: GroupKernels) -> None:
+def test_global_scales_of_another_group_are_found(kernels: ExportedKernels) -> None:
     cases = full_range(8, [(40, 72, 288), (24, 136, 544)])
     call = Call(cases, kernels["base"])
     for name in ("global_a", "global_b"):
@@ -283,7 +284,7 @@ RESPONSE = {"missing wait", "data race", "uninitialised read"}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_found(kernels: GroupKernels, fault: str) -> None:
+def test_planted_faults_are_found(kernels: ExportedKernels, fault: str) -> None:
     """Each at one place, in a launch of several tiles a CTA, of groups with more and with fewer steps than stages."""
     name, pattern, new, before, kind = FAULTS[fault]
     sizes: list[Size] = [(130, 136, 1312), (30, 261, 1056), (70, 200, 800), (130, 300, 288)][: KERNELS[name][0].config.groups]
@@ -313,12 +314,12 @@ def changed(ptx: str, pattern: str, new: str, before: str | None, back: int) -> 
 # ---- what is compiled ----
 
 
-def count(kernel: GroupKernel, pattern: str) -> int:
+def count(kernel: ExportedKernel, pattern: str) -> int:
     return len(re.findall(pattern, kernel.ptx))
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_instructions(kernels: GroupKernels, name: str) -> None:
+def test_instructions(kernels: ExportedKernels, name: str) -> None:
     """However many groups: one loop of copies and one of products, no other MMA, no spill."""
     kernel = kernels[name]
     c = kernel.spec.config
@@ -333,7 +334,7 @@ def test_instructions(kernels: GroupKernels, name: str) -> None:
 
 @pytest.mark.skipif(machine_code.disassembler() is None, reason="needs nvidia-cuda-nvdisasm")
 def test_the_table_of_the_documentation(compiled: Path) -> None:
-    kernels = GroupKernels(grouped_table.SPECS, compiled)
+    kernels = ExportedKernels(grouped_table.SPECS, compiled)
     assert grouped_table.written() == grouped_table.table(kernels)
     for name in kernels:
         found = machine_code.counts(kernels[name].cubin)

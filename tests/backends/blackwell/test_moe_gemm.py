@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from backends.blackwell import machine_code, moe_table
+from backends.blackwell.exported import ExportedKernel
 from backends.blackwell.grouped import SENTINEL
-from backends.blackwell.moe import DTYPES, PROCESSORS, Call, MoeKernel, MoeKernels, full_range, run, spec, tiles, wrong
+from backends.blackwell.moe import DTYPES, PROCESSORS, Call, MoeKernels, full_range, run, spec, tiles, wrong
 from backends.blackwell.test_dual_gemm import PASSED, WAIT
 from backends.blackwell.test_group_gemm import SCHEDULES, SLOWEST_AND_RANDOM, TWENTY, changed
 from glu4.activation import IDENTITY, clamped_silu, swiglu_oai
@@ -336,7 +337,7 @@ def test_planted_faults_are_found(kernels: MoeKernels, fault: str) -> None:
 # ---- what is compiled ----
 
 
-def count(kernel: MoeKernel, pattern: str) -> int:
+def count(kernel: ExportedKernel, pattern: str) -> int:
     return len(re.findall(pattern, kernel.ptx))
 
 
