@@ -70,7 +70,7 @@ def test_a_written_table_is_read_and_extended(tmp_path: Path) -> None:
     directory = tmp_path / "cache" / "tuned"
     path = tune.write(directory, DEVICE, tune.entries([row(FIRST, 1.0), row(FIRST, 1.0, n=72)]), {"commit": "old"})
     assert path == directory / "nvidia-h100-80gb-hbm3.json"
-    problems = [Problem(9, n, 128, x_format="float16") for n in (64, 72)]
+    problems = [Problem(16, n, 128, x_format="float16") for n in (64, 72)]
     assert [tuned.best(p, DEVICE) for p in problems] == [SHIPPED[0], SHIPPED[0]]
     tune.write(directory, DEVICE, tune.entries([row(SECOND, 1.0)]), {"commit": "new"})
     assert [tuned.best(p, DEVICE) for p in problems] == [SHIPPED[1], SHIPPED[0]]

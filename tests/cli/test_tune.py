@@ -68,8 +68,8 @@ def test_the_table_in_the_cache_is_what_the_dispatch_reads(gpu: FakeGpu, tmp_pat
     ]
     assert document["entries"][0]["us"][1] == {SECOND: pytest.approx(2000), FIRST: pytest.approx(3000)}
     assert document["entries"][0]["measured"]["commit"] == "abc"
-    problem = Problem(3, 64, 128, x_format="float16")
-    assert tuned.best(problem, DEVICE) == SHIPPED[1]
+    chosen = [tuned.best(Problem(m, 64, 128, x_format="float16"), DEVICE) for m in (1, 3, 4)]
+    assert chosen == [SHIPPED[0], None, SHIPPED[1]]  # none at 3: its neighbours differ
 
 
 def test_output_chooses_the_directory(gpu: FakeGpu, tmp_path: Path) -> None:
