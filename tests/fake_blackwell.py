@@ -26,7 +26,9 @@ from fake_hopper import CONTEXT, FakeCuda, memory
 from glu4 import dispatch, reference
 from glu4.activation import IDENTITY, Activation
 from glu4.backends.blackwell import arguments, launch, moe_launch
-from glu4.backends.blackwell.moe_spec import MoeSpec
+from glu4.backends.blackwell.moe_config import most_tiles
+from glu4.backends.blackwell.moe_spec import MoeSpec, TileSpec, spec_from_dict
+from glu4.backends.blackwell.moe_tokens import tile_table, tiled_scales
 from glu4.backends.blackwell.spec import KernelSpec
 from glu4.compiled import driver, store
 from glu4.emulator.tensor_map import TensorMap, decode, encode
@@ -42,7 +44,7 @@ DRIVER_SWIZZLES = {0: "none", 1: "32B", 2: "64B", 3: "128B"}
 class Launch:
     """What one launch said. parameters: the bytes of each."""
 
-    spec: Any  # KernelSpec or MoeSpec
+    spec: Any  # KernelSpec, MoeSpec or TileSpec
     device: int
     stream: int
     grid: tuple[int, int, int]
@@ -83,7 +85,7 @@ class FakeBlackwell(FakeCuda):
         time.sleep(self.pause)
         *sizes, shared, stream, attributes, count = struct.unpack("=7I4xQQI4x", ctypes.string_at(config, 56))
         listed = json.loads(self._images[handle - 1])
-        spec: Any = KernelSpec.from_dict(listed) if "dual" in listed else MoeSpec.from_dict(listed)
+        spec: Any = KernelSpec.from_dict(listed) if "dual" in listed else spec_from_dict(listed)
         held: dict[int, tuple[int, ...]] = {}
         for i in range(count):
             key, *value = struct.unpack_from("=I4x3I", ctypes.string_at(attributes + 72 * i, 72))
@@ -91,16 +93,19 @@ class FakeBlackwell(FakeCuda):
         lengths = sizes_of(spec)
         at = (ctypes.c_void_p * len(lengths)).from_address(pointers)
         raw = [ctypes.string_at(p, n) for p, n in zip(at, lengths, strict=True)]
-        assert all(p % (64 if n == 128 else 8) == 0 for p, n in zip(at, lengths, strict=True))
+        assert all(p % {128: 64, 4: 4}.get(n, 8) == 0 for p, n in zip(at, lengths, strict=True))
         launched = Launch(spec, self.device, stream, tuple(sizes[:3]), tuple(sizes[3:]), shared, held, raw)  # type: ignore[arg-type]
         self.made.append(launched)
         if self.compute:
-            (run if isinstance(spec, KernelSpec) else run_experts)(launched)
+            of = {KernelSpec: run, MoeSpec: run_experts, TileSpec: run_tiles}
+            of[type(spec)](launched)
         return 0
 
 
 def sizes_of(spec: Any) -> list[int]:
     """Bytes of every parameter."""
+    if isinstance(spec, TileSpec):
+        return [struct.calcsize("=" + f) for f in moe_launch.TILE_PARAMETERS]
     return arguments.sizes(spec) if isinstance(spec, KernelSpec) else list(moe_launch.PARAMETERS)
 
 
@@ -232,8 +237,25 @@ def run_experts(launched: Launch) -> None:
         target[here].copy_(reference.round_once(value, dtype))
 
 
+def run_tiles(launched: Launch) -> None:
+    """Compute what the kernel that numbers tiles would, in memory that it need not have to itself."""
+    tile_n, raw = launched.spec.tile_n, b"".join(launched.parameters)
+    *pointers, stride, rows, experts, most, columns = struct.unpack("=" + "".join(moe_launch.TILE_PARAMETERS), raw)
+    assert most == most_tiles(rows, experts, tile_n)
+    assert launched.block == (128, 1, 1)
+    assert launched.grid == (-(-most * tile_n // 128) * 128 // tile_n, 1, 1)
+    offsets = memory(pointers[0], (experts + 1,), (1,), torch.int32)
+    scales = memory(pointers[1], (rows, columns), (stride, 1), torch.uint8).clone().view(torch.float8_e4m3fn)
+    table = tile_table(offsets, rows, tile_n)
+    tiled = tiled_scales(scales, table, tile_n).view(torch.uint8)
+    memory(pointers[2], table.shape, (4, 1), torch.int32).copy_(table)
+    memory(pointers[3], (tiled.numel(),), (1,), torch.uint8).copy_(tiled.flatten())
+
+
 def description(spec: Any) -> dict[str, Any]:
     """As the builder writes it."""
+    if isinstance(spec, TileSpec):
+        return {"entry": "entry", "params": sizes_of(spec), "threads": 128, "shared_bytes": SHARED_BYTES, "pdl": True}
     threads = spec.config.threads if isinstance(spec, KernelSpec) else 192
     return {
         "entry": "entry", "params": sizes_of(spec), "threads": threads, "shared_bytes": SHARED_BYTES, "pdl": spec.config.pdl,
@@ -242,7 +264,8 @@ def description(spec: Any) -> dict[str, Any]:
 
 def compiled(spec: Any) -> tuple[bytes, dict[str, Any]] | None:
     """Any Blackwell kernel, as `store.find` gives it."""
-    return (json.dumps(spec.to_dict()).encode(), description(spec)) if isinstance(spec, (KernelSpec, MoeSpec)) else None
+    ours = isinstance(spec, (KernelSpec, MoeSpec, TileSpec))
+    return (json.dumps(spec.to_dict()).encode(), description(spec)) if ours else None
 
 
 def forget() -> None:

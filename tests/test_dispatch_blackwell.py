@@ -31,7 +31,7 @@ from glu4 import (
     reference,
 )
 from glu4.backends.blackwell import launch, moe_launch
-from glu4.backends.blackwell.moe_spec import MoeSpec
+from glu4.backends.blackwell.moe_spec import MoeSpec, TileSpec
 from glu4.compiled import store
 from operands import full_range
 
@@ -213,12 +213,12 @@ def test_grouped_dual_gemm_runs_the_kernel(cuda: FakeBlackwell) -> None:
                 rows, stack.gate[e], stack.up[e], activation=clamped_silu(1.5), out_dtype=dtype, **biases
             )
         assert torch.equal(out, want)
-    assert [type(made.spec) for made in cuda.made] == [MoeSpec] * 2
+    assert [type(made.spec) for made in cuda.made] == [TileSpec, MoeSpec] * 2
 
 
 def test_experts_are_loaded_by_prepare(cuda: FakeBlackwell) -> None:
     pair(2, 72, 48).prepare("cpu")
-    loaded = len(launch.shipped(True)) + len(moe_launch.shipped())
+    loaded = len(launch.shipped(True)) + len(moe_launch.shipped()) + len(moe_launch.shipped_tiles())
     assert cuda.calls.count("cuLibraryLoadData") == loaded, "every kernel is loaded, for CUDA graphs"
 
 
@@ -234,7 +234,7 @@ def test_experts_that_were_not_prepared(cuda: FakeBlackwell) -> None:
     with pytest.warns(UserWarning, match=r"packed again at every call; use GatedWeights\(gate, up\).prepare"):
         again = grouped_dual_gemm(x, (other.gate, other.up), offsets, out_dtype=F16)
     assert torch.equal(again, got)
-    assert len(cuda.made) == 2
+    assert len(cuda.made) == 4
 
 
 def test_moe_gate_up(cuda: FakeBlackwell) -> None:
@@ -245,7 +245,7 @@ def test_moe_gate_up(cuda: FakeBlackwell) -> None:
     there = int(routing.group_offsets[-1])
     assert there == 10
     torch.testing.assert_close(got[:there], want[:there], rtol=1e-3, atol=0)
-    assert len(cuda.made) == 1
+    assert len(cuda.made) == 2
 
 
 def test_experts_are_not_arranged_while_a_graph_is_captured(cuda: FakeBlackwell, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +361,7 @@ def test_kernels_are_compiled_at_first_use_where_that_is_possible(
         assert "not compiled yet; the first call compiles them" in str(explain(GroupedProblem(5, 2, 8, 32), "cpu"))
         offsets = torch.tensor([0, 3, 5], dtype=torch.int32)
         grouped_dual_gemm(x, pair(2, 8, 32), offsets, out_dtype=F16, backend="blackwell")
-        assert made == moe_launch.shipped(arch)
+        assert made == [*moe_launch.shipped(arch), *moe_launch.shipped_tiles(arch)]
         told = f"compiling {len(made)} grouped_dual_gemm kernels, once (glu4 compile --arch {arch} does it"
         assert told in capsys.readouterr().err
 

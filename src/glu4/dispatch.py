@@ -138,7 +138,9 @@ def _compile_grouped(arch: str = "") -> str | None:
     """As `_compile`, of the kernels for mixtures of experts."""
     if not _can_compile():
         return _not_compiled(arch)
-    specs: Sequence[store.Spec] = moe_launch.shipped(arch) if arch else shipped_grouped()
+    specs: Sequence[store.Spec] = shipped_grouped()
+    if arch:
+        specs = [*moe_launch.shipped(arch), *moe_launch.shipped_tiles(arch)]
     return _compile_all(specs, "grouped_dual_gemm", arch)
 
 

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from glu4.backends.blackwell.emulation import export
 from glu4.backends.blackwell.grouped_spec import GroupSpec
-from glu4.backends.blackwell.moe_spec import MoeSpec
+from glu4.backends.blackwell.moe_spec import MoeSpec, TileSpec
 from glu4.emulator.launch import load
 from glu4.emulator.program import Program
 
@@ -22,7 +22,7 @@ from glu4.emulator.program import Program
 class ExportedKernel:
     """A kernel as `grouped_build --export` or `moe_build --export` wrote it."""
 
-    spec: GroupSpec | MoeSpec
+    spec: GroupSpec | MoeSpec | TileSpec
     directory: Path
 
     def file(self, suffix: str) -> Path:
@@ -58,7 +58,7 @@ class ExportedKernels(Mapping[str, ExportedKernel]):
     suffixes: ClassVar[tuple[str, ...]] = (".ptx", ".cubin", ".json")
     together: ClassVar[int] = 4
 
-    def __init__(self, specs: Mapping[str, GroupSpec] | Mapping[str, MoeSpec], directory: Path) -> None:
+    def __init__(self, specs: Mapping[str, Any], directory: Path) -> None:
         self._specs, self._directory = specs, directory
         self._made: dict[str, ExportedKernel] = {}
 

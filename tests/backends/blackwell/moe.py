@@ -33,7 +33,7 @@ class MoeKernels(ExportedKernels):
     """With CuTe DSL's host objects."""
 
     suffixes = (*ExportedKernels.suffixes, ".o", ".h")
-    together = 3
+    together = 4
 
 
 def spec(out: str = "f16", **fields: Any) -> MoeSpec:

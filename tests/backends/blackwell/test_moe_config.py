@@ -25,7 +25,7 @@ PROBLEM = GroupedProblem(512, 128, 768, 2048)
         (MoeConfig(), replace(PROBLEM, x_format="float16"), "float16 activations: the block-scaled MMA takes 4-bit operands"),
         (MoeConfig(), replace(PROBLEM, out_dtype=torch.float32), "float32 output: the kernel writes float16 or bfloat16"),
         (MoeConfig(), replace(PROBLEM, operation="grouped_linear"), "grouped_linear: the kernel for mixtures of experts"),
-        (MoeConfig(tile_n=32), replace(PROBLEM, rows=1 << 30, n=1 << 14), "more tiles than 2147483647"),
+        (MoeConfig(tile_n=32), replace(PROBLEM, rows=1 << 30, n=1 << 14), "more tiles than 1073741823"),
     ],
 )
 def test_what_is_refused(config: MoeConfig, problem: GroupedProblem, reason: str) -> None:
@@ -34,7 +34,11 @@ def test_what_is_refused(config: MoeConfig, problem: GroupedProblem, reason: str
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"store": "tma"}, "store: expected one of direct, shared, got tma"), ({"load_width": 12}, "load_width: expected one of")],
+    [
+        ({"store": "tma"}, "store: expected one of direct, shared, got tma"),
+        ({"load_width": 12}, "load_width: expected one of"),
+        ({"schedule": "one_wave"}, "schedule: expected one of static, launch_control, got one_wave"),
+    ],
 )
 def test_values_that_there_are_not(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -58,3 +62,6 @@ def test_the_grid_depends_on_nothing_that_the_host_does_not_know() -> None:
     assert c.grid(512, 128, 768, 148) == (148, 1, 1)
     assert c.grid(3, 128, 300, 148) == (2 * 3 * 2, 1, 1), "three tokens are three tiles at most, of two columns"
     assert c.grid(0, 0, 300, 148) == (2, 1, 1)
+    controlled = replace(c, schedule="launch_control")
+    assert controlled.grid(512, 128, 768, 148) == (2 * (16 + 124) * 3, 1, 1), "one for each tile that there is at most"
+    assert controlled.grid(0, 0, 300, 148) == (2, 1, 1)

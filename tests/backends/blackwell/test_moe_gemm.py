@@ -44,12 +44,22 @@ KERNELS: dict[str, tuple[MoeSpec, tuple[int, int]]] = {
     "n 64": (spec("bf16", tile_n=64, stages=3, load_width=16, evict_first=True), (72, 1056)),
     "n 32": (spec(tile_n=32, stages=1, load_width=8, store="direct", pdl=True), (101, 288)),
     "pair, n 32": (spec(ctas=2, tile_m=256, tile_n=32, stages=3, store="direct", load_width=16, evict_first=True), (72, 288)),
+    "controlled, pair": (
+        spec("bf16", ctas=2, tile_m=256, tile_n=32, stages=2, load_width=8, schedule="launch_control", pdl=True),
+        (136, 288),
+    ),
     "base": (spec(stages=2), (136, 800)),
     "k 128": (spec("bf16", tile_n=64, tile_k=128, stages=5, store="direct", load_width=64), (136, 544)),
     "pair": (spec("bf16", ctas=2, tile_m=256, stages=2), (300, 800)),
     "pair, n 64": (spec(ctas=2, tile_m=256, tile_n=64, stages=2, load_width=64, pdl=True), (264, 1056)),
+    "controlled": (spec(tile_n=64, stages=2, schedule="launch_control", evict_first=True), (136, 544)),
 }
-SHORT = ("n 64", "n 32", "pair, n 32")  # those that CI runs, the first in KERNELS, which are compiled together
+SHORT = (
+    "n 64",
+    "n 32",
+    "pair, n 32",
+    "controlled, pair",
+)  # those that CI runs, the first in KERNELS, which are compiled together
 
 
 def short(names: Iterable[str], those: Sequence[str] = SHORT) -> list[Any]:
@@ -103,7 +113,7 @@ def test_twenty_schedules(kernels: MoeKernels, name: str) -> None:
     prove(Call(case_of(name), kernels[name]), TWENTY)
 
 
-@pytest.mark.parametrize("name", short(["n 32", "pair, n 64"]))
+@pytest.mark.parametrize("name", short(["n 32", "controlled, pair", "pair, n 64", "controlled"]))
 def test_random_routing(kernels: MoeKernels, name: str) -> None:
     generator = torch.Generator().manual_seed(1)
     counts = torch.randint(0, 16, (40,), generator=generator).bincount(minlength=16)  # 40 tokens choose among 16 experts
@@ -160,7 +170,7 @@ def test_any_number_of_processors(kernels: MoeKernels, processors: int) -> None:
     assert torch.equal(found, run(call, PROCESSORS, schedule_name="lazy")[1])
 
 
-@pytest.mark.parametrize("name", short(["n 64", "pair, n 32", "base"]))
+@pytest.mark.parametrize("name", short(["n 64", "pair, n 32", "base", "controlled, pair", "controlled"]))
 def test_nothing_to_do(kernels: MoeKernels, name: str) -> None:
     """No expert has a row: nothing is written."""
     case = case_of(name, counts=[4, 3])

@@ -23,7 +23,7 @@ from glu4.activation import IDENTITY, SILU, clamped_silu, swiglu_oai
 from glu4.backends.blackwell import launch, moe_launch
 from glu4.backends.blackwell.moe_config import MoeConfig, most_tiles
 from glu4.backends.blackwell.moe_launch import ADDRESSES, PARAMETERS, MoePlan, MoeShape, moe_parameters
-from glu4.backends.blackwell.moe_spec import MoeSpec
+from glu4.backends.blackwell.moe_spec import MoeSpec, TileSpec
 from glu4.emulator.capture import capture, pointer, scalar
 from glu4.errors import UnsupportedError
 from glu4.nvfp4 import NVFP4Tensor, _unchecked
@@ -40,6 +40,7 @@ HOSTS = {
     "base": spec(stages=2),
     "pair": spec("bf16", ctas=2, tile_m=256, stages=2),
     "k 128": spec("bf16", tile_n=64, tile_k=128, stages=5, store="direct", load_width=64),
+    "controlled": spec("bf16", ctas=2, tile_m=256, tile_n=32, stages=2, load_width=8, schedule="launch_control", pdl=True),
 }  # fmt: skip
 
 
@@ -107,9 +108,9 @@ def test_every_kind_of_configuration(cuda: FakeBlackwell, name: str) -> None:
     case = full_range_case(1, sum(COUNTS), 72, 96, group_sizes=COUNTS, out_dtype=out, bias=True)
     assert torch.equal(run(case, config=one.config), expected(case))
     assert torch.equal(run(case, config=one.config), expected(case)), "a second launch uses the memory of the first"
-    assert [made.spec for made in cuda.made] == [one] * 2
+    assert [made.spec for made in cuda.made] == [TileSpec(one.config.tile_n), one] * 2
     held = ({4: (2, 1, 1)} if one.config.ctas == 2 else {}) | ({6: (1, 0, 0)} if one.config.pdl else {})
-    assert [made.attributes for made in cuda.made] == [held] * 2
+    assert [made.attributes for made in cuda.made] == [{6: (1, 0, 0)}, held] * 2
     assert {(made.stream, made.device) for made in cuda.made} == {(7, -1)}
 
 
@@ -185,7 +186,7 @@ def test_nothing_is_read_by_the_host(cuda: FakeBlackwell) -> None:
     cuda.compute = False
     with _NoReads():
         run(case)
-    assert len(cuda.made) == 1
+    assert len(cuda.made) == 2
     with pytest.raises(AssertionError), _NoReads():  # what the mode is there for
         int(case.group_offsets[0])  # type: ignore[index]
 
@@ -241,13 +242,14 @@ def test_another_kernel_runs_where_the_first_is_missing(monkeypatch: pytest.Monk
     last = [s for s in moe_launch.shipped() if s.out == "f16"][-1]
     with fake_blackwell(monkeypatch, found=lambda s: compiled(s) if s == last else None) as fake:
         assert torch.equal(run(case), expected(case))
-        assert [made.spec for made in fake.made] == [last]
+        assert [made.spec for made in fake.made] == [last], "tiles are numbered by torch"
 
 
 def test_what_is_shipped() -> None:
     for arch in ("sm_100a", "sm_103a"):
         shipped = moe_launch.shipped(arch)
         assert {(s.arch, s.out) for s in shipped} == {(arch, "f16"), (arch, "bf16")}
-        assert moe_launch.all_shipped(arch) == [*launch.shipped(arch=arch), *shipped]
+        tiles = [TileSpec(tile_n, arch) for tile_n in (32, 64, 128)]
+        assert moe_launch.all_shipped(arch) == [*launch.shipped(arch=arch), *shipped, *tiles]
     assert MoeSpec.from_dict(shipped[0].to_dict()) == shipped[0]
     assert len({s.key for s in shipped}) == len(shipped) == 6

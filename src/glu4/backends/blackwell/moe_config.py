@@ -15,12 +15,16 @@ from glu4.problem import GroupedProblem
 
 __all__ = ["MoeConfig", "moe_candidates", "moe_legal", "moe_refusal", "most_tiles"]
 
-_MOST_TILES = (1 << 31) - 1  # tiles are counted in 32 bits
+_SCHEDULES = ("static", "launch_control")
+_MOST_TILES = (1 << 30) - 1  # two counts of tiles are added in 32 bits with a sign
 
 
 @dataclass(frozen=True)
 class MoeConfig:
-    """One kernel, for any number of experts. Fields: `grouped_config.GroupConfig`; its schedule is always "static"."""
+    """One kernel, for any number of experts. Fields: `grouped_config.GroupConfig`.
+
+    schedule  "static" or "launch_control", whose grid has a CTA or pair for each tile that there is at most
+    """
 
     ctas: int = 1
     tile_m: int = 128
@@ -28,19 +32,22 @@ class MoeConfig:
     tile_k: int = 256
     stages: int = 2
     load_width: int = 32
+    schedule: str = "static"
     store: str = "shared"
     evict_first: bool = False
     pdl: bool = False
 
     def __post_init__(self) -> None:
+        if self.schedule not in _SCHEDULES:
+            raise ValueError(f"schedule: expected one of {', '.join(_SCHEDULES)}, got {self.schedule}")
         _ = self.grouped.name  # whose fields are checked
 
     @cached_property
     def grouped(self) -> GroupConfig:
         """The grouped kernel's configuration for one group, whose loads, products and shared memory are the same."""
         return GroupConfig(
-            1, True, self.ctas, self.tile_m, self.tile_n, self.tile_k, self.stages, self.load_width, "static", self.store,
-            self.evict_first, self.pdl,
+            1, True, self.ctas, self.tile_m, self.tile_n, self.tile_k, self.stages, self.load_width, self.schedule,
+            self.store, self.evict_first, self.pdl,
         )  # fmt: skip
 
     @property
@@ -55,7 +62,9 @@ class MoeConfig:
     def grid(self, rows: int, experts: int, n: int, processors: int = 148) -> tuple[int, int, int]:
         """CTAs, which do not depend on how the rows are spread over experts; one CTA or pair where there are no tiles."""
         count = most_tiles(rows, experts, self.tile_n) * -(-n // self.tile_m)
-        return max(1, min(processors // self.ctas, count)) * self.ctas, 1, 1
+        if self.schedule == "static":
+            count = min(processors // self.ctas, count)
+        return max(1, count) * self.ctas, 1, 1
 
 
 def most_tiles(rows: int, experts: int, tile_n: int) -> int:

@@ -21,6 +21,7 @@ from cutlass.memory import SmemAllocator, TmemAllocator
 
 from glu4.backends.blackwell.dual_gemm import ALLOCATED, BLOCK, E2M1, EPILOGUE_WARPS, MMA_WARP, STORED
 from glu4.backends.blackwell.dual_loads import GATE, SCALE_GATE, UP
+from glu4.backends.blackwell.dual_tiles import RESPONSES
 from glu4.backends.blackwell.grouped_gemm import GroupGemm
 from glu4.backends.blackwell.instructions import EVICT_FIRST, EVICT_NORMAL
 from glu4.backends.blackwell.moe_config import MoeConfig
@@ -68,7 +69,10 @@ class MoeGemm(GroupGemm):
         weights = self.copy_atoms(((gate, scale_gate, n),), k, experts, *of)
         behind = self.copy_atoms(((up, scale_up, n),), k, experts, *of)
         tokens = self.token_atoms((x, scale_x), (rows, most * c.tile_n), k, *of)
-        grid = (cutlass.max(cutlass.min(processors // c.ctas, most * cute.ceil_div(n, c.tile_m)), 1) * c.ctas, 1, 1)
+        count = most * cute.ceil_div(n, c.tile_m)
+        if cutlass.const_expr(c.schedule == "static"):
+            count = cutlass.min(processors // c.ctas, count)
+        grid = (cutlass.max(count, 1) * c.ctas, 1, 1)
         self.moe_kernel(
             (mma, mma_one), (*weights[0], *tokens[0], *behind[0]), (*weights[1], *tokens[1]), layouts, (cluster, cluster_one),
             table, out, stride, (global_x, global_gate, global_up), (gate_bias, up_bias), (flags, alpha, beta, limit), n, k,
@@ -103,6 +107,7 @@ class MoeGemm(GroupGemm):
                 cpasync.prefetch_descriptor(atom)
         pipes = self.pipelines(storage, clusters[0])
         done = self.done(storage, clusters[0])
+        control = self.control(storage, clusters[0])
         tmem = TmemAllocator(
             storage.address.ptr,
             barrier_for_retrieve=pipeline.NamedBarrier(barrier_id=ALLOCATED, num_threads=32 * (EPILOGUE_WARPS + 1)),
@@ -111,7 +116,7 @@ class MoeGemm(GroupGemm):
         pipeline.pipeline_init_arrive(cluster_shape_mn=self.cluster_shape[:2], is_relaxed=True)
         shared = self.shared_operands(storage, layouts)
         accumulator = mmas[0].make_fragment_C(mmas[0].partition_shape_C(self.tile[:2])).layout
-        work = (table, cute.ceil_div(n, c.tile_m), cute.ceil_div(k, c.tile_k))
+        work = (table, cute.ceil_div(n, c.tile_m), cute.ceil_div(k, c.tile_k), control, half == 0)
         pipeline.pipeline_init_wait(cluster_shape_mn=self.cluster_shape[:2])
 
         # ---- the roles ----
@@ -155,15 +160,39 @@ class MoeGemm(GroupGemm):
         tile along tokens, so number // across is a tile of the right expert.
         """
         c = self.config
-        table, across, steps = work
+        table, across, _, control, leader = work
         count, _, _, _ = self.record(table, Int32(0))
-        for index in cutlass.range(self.own()[0], count * across, cute.arch.grid_dim()[0] // c.ctas, unroll=1):
-            expert, first, begin, end = self.record(table, 1 + index // across)
-            down = cutlass.min(cute.ceil_div(end - begin, c.tile_n), count - first)
-            rest = index - first * across
-            tile_at = (rest // down, first + rest % down, expert, first, begin, end)
-            states = body((tile_at, Int32(0), steps), states)
+        own = self.own()[0]
+        if cutlass.const_expr(c.schedule == "static"):
+            for index in cutlass.range(own, count * across, cute.arch.grid_dim()[0] // c.ctas, unroll=1):
+                states = body(self.piece_of(index, count, work), states)
+        else:
+            asked = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, RESPONSES)
+            heard = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, RESPONSES)
+            index, more = own, Int32(1)
+            while more != 0:
+                if cutlass.const_expr(asks):
+                    if leader:
+                        self.ask(control, asked)
+                    asked.advance()
+                # the grid is of the most tiles that there could be: whoever has one that is not there asks on
+                if index < count * across:
+                    states = body(self.piece_of(index, count, work), states)
+                index, _, _, more = self.next_tile(control, heard)
+                heard.advance()
+            if cutlass.const_expr(asks):
+                if leader:
+                    self.all_heard(control, asked)
         return states
+
+    @cute.jit
+    def piece_of(self, index, count, work):
+        """((tile along weights, along tokens, expert, its first tile, first row, row after the last), first step, steps)."""
+        table, across, steps, _, _ = work
+        expert, first, begin, end = self.record(table, 1 + index // across)
+        down = cutlass.min(cute.ceil_div(end - begin, self.config.tile_n), count - first)
+        rest = index - first * across
+        return (rest // down, first + rest % down, expert, first, begin, end), Int32(0), steps
 
     # ---- loads ----
 

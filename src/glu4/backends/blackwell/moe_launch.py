@@ -1,9 +1,9 @@
 """Run mixtures of experts on a Blackwell device: one launch for all experts, nothing read back by the host.
 
-Executed in emulation only so far: no such GPU was at hand. Before the kernel some torch operations number its tiles and lay out
-the tokens' scales (`moe_tokens`). CuTe DSL's host code of `moe_gemm` passes, one after the other: both tiled MMAs (nothing in
-them), six tensor maps, extents of codes and scales of the weights and of x, the table, C, its row stride, global scales,
-biases, flags, the activation's constants, N and K. Tests compare.
+Executed in emulation only so far: no such GPU was at hand. Before the kernel another one numbers its tiles and lays out the
+tokens' scales (`moe_tile_tokens`; where it is not compiled, the torch operations of `moe_tokens`). CuTe DSL's host code of
+`moe_gemm` passes, one after the other: both tiled MMAs (nothing in them), six tensor maps, extents of codes and scales of the
+weights and of x, the table, C, its row stride, global scales, biases, flags, the activation's constants, N and K. Tests compare.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ from glu4.backends.blackwell import launch
 from glu4.backends.blackwell.arguments import _EMPTY, _MAP_BYTES, _U4, _U16, _encode, scale_box
 from glu4.backends.blackwell.launch import _STREAM_AT, _Frame
 from glu4.backends.blackwell.moe_config import MoeConfig, moe_candidates, moe_legal, most_tiles
-from glu4.backends.blackwell.moe_spec import MoeSpec
-from glu4.backends.blackwell.moe_tokens import tile_table, tiled_scales
+from glu4.backends.blackwell.moe_spec import MoeSpec, TileSpec
+from glu4.backends.blackwell.moe_tokens import RECORD, tile_table, tiled_scales
 from glu4.compiled import store
 from glu4.compiled.driver import Kernel
 from glu4.errors import UnsupportedError
 from glu4.nvfp4 import NVFP4Tensor, _unchecked
 from glu4.problem import GroupedProblem
+from glu4.scale_layout import ATOM_ROWS, SwizzledLayout
 
 __all__ = [
     "ADDRESSES",
     "PARAMETERS",
+    "TILE_PARAMETERS",
     "MoeChoice",
     "MoePlan",
     "MoeShape",
@@ -43,7 +45,9 @@ __all__ = [
     "load",
     "moe_parameters",
     "shipped",
+    "shipped_tiles",
     "submit",
+    "tiled",
 ]
 
 _C = torch._C
@@ -51,6 +55,7 @@ ADDRESSES = (
     "gate", "scale_gate", "x", "scale_x", "up", "scale_up", "table", "out", "global_x", "global_gate", "global_up",
     "gate_bias", "up_bias",
 )  # fmt: skip
+TILE_PARAMETERS = ("Q", "Q", "Q", "Q", "q", "i", "i", "i", "i")  # of the kernel that numbers tiles, as `struct` packs them
 PARAMETERS = (12, 12, *[_MAP_BYTES] * 6, 12, 12, 8, 8, *[8] * 8, *[4] * 6)  # bytes of each
 _MAPS, _TABLE = 2, 12  # numbers of the first map and of the table among them
 _ATOM_BYTES = 512  # of block scales (glu4.scale_layout)
@@ -70,18 +75,19 @@ class MoeShape(NamedTuple):
 
 
 class MoeChoice(NamedTuple):
-    """processors: of the device."""
+    """processors: of the device; tiler: what numbers the kernel's tiles, None where that is not compiled."""
 
     kernel: Kernel
     config: MoeConfig
     processors: int
+    tiler: Kernel | None = None
 
 
 # ---- kernels ----
 
 
 def shipped(arch: str = "sm_100a") -> list[MoeSpec]:
-    """Every kernel that the dispatch can choose on one architecture."""
+    """Every kernel that multiplies and that the dispatch can choose on one architecture."""
     found: dict[MoeSpec, None] = {}
     for out in (torch.float16, torch.bfloat16):
         for typical in _TYPICAL:
@@ -89,19 +95,26 @@ def shipped(arch: str = "sm_100a") -> list[MoeSpec]:
     return list(found)
 
 
+def shipped_tiles(arch: str = "sm_100a") -> list[TileSpec]:
+    """What numbers their tiles."""
+    return [TileSpec(tile_n, arch) for tile_n in sorted({spec.config.tile_n for spec in shipped(arch)})]
+
+
 def all_shipped(arch: str) -> list[store.Spec]:
     """Every Blackwell kernel that the dispatch can choose: those of `launch`, too."""
-    return [*launch.shipped(arch=arch), *shipped(arch)]
+    return [*launch.shipped(arch=arch), *shipped(arch), *shipped_tiles(arch)]
 
 
 @cache
-def _kernel(spec: MoeSpec) -> Kernel | None:
+def _kernel(spec: MoeSpec | TileSpec) -> Kernel | None:
     found = store.find(spec)
     return None if found is None else made_kernel(spec, *found)
 
 
-def made_kernel(spec: MoeSpec, cubin: bytes, description: dict[str, Any]) -> Kernel:
+def made_kernel(spec: MoeSpec | TileSpec, cubin: bytes, description: dict[str, Any]) -> Kernel:
     """The kernel of a cubin, as its builder described it."""
+    if isinstance(spec, TileSpec):
+        return Kernel(cubin, description, TILE_PARAMETERS)
     return Kernel(cubin, description, [f"{size}s" for size in PARAMETERS], cluster=(spec.config.ctas, 1, 1))
 
 
@@ -114,7 +127,8 @@ def available(out: torch.dtype, device: torch.device) -> bool:
 
 def load(weight: NVFP4Tensor) -> None:
     """Load every kernel onto the device of `weight`, so that no later call has to, nor a captured graph."""
-    for spec in shipped(launch.architecture(weight.device) or ""):
+    arch = launch.architecture(weight.device) or ""
+    for spec in (*shipped(arch), *shipped_tiles(arch)):
         kernel = _kernel(spec)
         if kernel is not None:
             kernel.load(weight.codes.get_device())
@@ -141,7 +155,7 @@ def choice(problem: GroupedProblem, out: Tensor, config: MoeConfig | None = None
     for own in moe_candidates(problem) if config is None else (config,):
         kernel = _kernel(MoeSpec.of(own, out.dtype, arch))
         if kernel is not None:
-            return MoeChoice(kernel, own, launch._processors(out.get_device()))
+            return MoeChoice(kernel, own, launch._processors(out.get_device()), _kernel(TileSpec(own.tile_n, arch)))
     raise UnsupportedError(f"no compiled Blackwell kernel for this problem; run glu4 compile --arch {arch}")
 
 
@@ -234,6 +248,26 @@ def _plan(chosen: MoeChoice, out: torch.dtype, index: int, shape: MoeShape, flag
 # ---- launching ----
 
 
+def tiled(tiler: Kernel | None, tile_n: int, offsets: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """(`moe_tokens.tile_table`, `moe_tokens.tiled_scales`) of offsets int32 `[E + 1]` and block scales `[rows, K / 16]`, in
+    the device's current stream: one launch, or without a kernel some operations of torch."""
+    rows, columns = scales.shape
+    if tiler is None:
+        table = tile_table(offsets, rows, tile_n)
+        return table, tiled_scales(scales, table, tile_n)
+    offsets, scales = offsets.contiguous(), scales if scales.stride(1) == 1 else scales.contiguous()
+    experts, index = offsets.shape[0] - 1, offsets.get_device()
+    most = most_tiles(rows, experts, tile_n)
+    table = torch.empty((1 + most, RECORD), dtype=torch.int32, device=offsets.device)
+    layout = SwizzledLayout(most * tile_n, columns)
+    placed = torch.empty(layout.storage_shape, dtype=torch.float8_e4m3fn, device=offsets.device)
+    addresses = (offsets.data_ptr(), scales.data_ptr(), table.data_ptr(), placed.data_ptr())
+    sizes = (scales.stride(0), rows, experts, most, columns)
+    grid = (layout.rest_rows * ATOM_ROWS // tile_n, 1, 1)
+    tiler.launch(index, _C._cuda_getCurrentRawStream(index), grid, None, (*addresses, *sizes))
+    return table, placed
+
+
 def submit(
     chosen: MoeChoice,
     out: Tensor,
@@ -300,8 +334,7 @@ def grouped(
         grouped(dense_out, x, weights, offsets, biases, activation, problem, config)
         out.copy_(dense_out)
         return
-    table = tile_table(offsets, x.shape[0], chosen.config.tile_n)
-    scale_x = tiled_scales(x.block_scale, table, chosen.config.tile_n)
+    table, scale_x = tiled(chosen.tiler, chosen.config.tile_n, offsets, x.block_scale)
     gate, up = (launch.prepared(w) for w in weights)
     gate_bias, up_bias = (None if b is None else b.to(torch.float32).contiguous() for b in biases)
     submit(chosen, out, _rows(x), scale_x, table, (gate, up), (gate_bias, up_bias), activation)

@@ -1,4 +1,7 @@
-"""What identifies a kernel for mixtures of experts: output type, configuration, and a hash of the sources it is made from."""
+"""What identifies a kernel for mixtures of experts, and a hash of the sources it is made from.
+
+`MoeSpec` multiplies, `TileSpec` numbers its tiles and lays out its tokens' scales.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,12 @@ from glu4.backends.blackwell import grouped_spec
 from glu4.backends.blackwell.moe_config import MoeConfig
 from glu4.compiled.sources import kernel_key
 
-__all__ = ["MoeSpec"]
+__all__ = ["MoeSpec", "TileSpec", "spec_from_dict"]
 
 _FILES = ("moe_config", "moe_epilogue", "moe_gemm", "moe_build")
-SOURCES = (*grouped_spec.SOURCES, *(f"backends/blackwell/{name}.py" for name in _FILES))
+_SOURCES = (*grouped_spec.SOURCES, *(f"backends/blackwell/{name}.py" for name in _FILES))
+_TILE_SOURCES = ("scale_layout.py", *(f"backends/blackwell/{name}.py" for name in ("moe_tile_tokens", "moe_build")))
+_BUILDER = "glu4.backends.blackwell.moe_build"  # the module that compiles these, run in a process of its own
 _TYPES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
@@ -26,7 +31,7 @@ class MoeSpec:
     out: str = "f16"
     arch: str = "sm_100a"
 
-    builder: ClassVar[str] = "glu4.backends.blackwell.moe_build"  # the module that compiles it, run in a process of its own
+    builder: ClassVar[str] = _BUILDER
 
     @classmethod
     def of(cls, config: MoeConfig, out: torch.dtype, arch: str = "sm_100a") -> MoeSpec:
@@ -40,7 +45,7 @@ class MoeSpec:
     @property
     def key(self) -> str:
         """Sources, configuration, architecture and tool version, as 16 hexadecimal digits."""
-        return kernel_key(self.name, self.arch, SOURCES)
+        return kernel_key(self.name, self.arch, _SOURCES)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -49,3 +54,31 @@ class MoeSpec:
     def from_dict(cls, d: dict[str, Any]) -> MoeSpec:
         """What `to_dict` wrote."""
         return cls(**{**d, "config": MoeConfig(**d["config"])})
+
+
+@dataclass(frozen=True)
+class TileSpec:
+    """The kernel that makes what `moe_tokens` makes, for tiles of `tile_n` tokens. arch: "sm_100a" or "sm_103a"."""
+
+    tile_n: int
+    arch: str = "sm_100a"
+
+    builder: ClassVar[str] = _BUILDER
+
+    @property
+    def name(self) -> str:
+        """As `MoeSpec.name`."""
+        return f"{self.arch.rstrip('a').replace('_', '')}_tile_tokens_nvfp4_n{self.tile_n}"
+
+    @property
+    def key(self) -> str:
+        """As `MoeSpec.key`."""
+        return kernel_key(self.name, self.arch, _TILE_SOURCES)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def spec_from_dict(d: dict[str, Any]) -> MoeSpec | TileSpec:
+    """What either kind's `to_dict` wrote."""
+    return MoeSpec.from_dict(d) if "config" in d else TileSpec(**d)

@@ -4,7 +4,8 @@ Tiles along tokens are numbered through all experts, those of an expert one afte
 of 128 rows, of which a tile of 32 or 64 tokens has a part, while experts begin at any row of x. So scales are laid out anew:
 row i of tile t is row t * tile_n + i of a matrix in 128x4 layout. Codes stay where they are.
 
-All operations have shapes that follow from the host's numbers alone, so a captured graph serves every routing.
+Where it is compiled a kernel does this in one launch (`moe_tile_tokens`); here are the same results from operations of torch.
+They have shapes that follow from the host's numbers alone, so a captured graph serves every routing.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch import Tensor
 from glu4.backends.blackwell.moe_config import most_tiles
 from glu4.scale_layout import SwizzledLayout
 
-__all__ = ["tile_table", "tiled_scales"]
+__all__ = ["RECORD", "tile_table", "tiled_scales"]
 
+RECORD = 4  # numbers of a tile
 FIRST, BEGIN, END = 1, 2, 3  # columns of a tile's row, after its expert
 
 
