@@ -106,7 +106,7 @@ def sizes_of(spec: Any) -> list[int]:
     """Bytes of every parameter."""
     if isinstance(spec, TileSpec):
         return [struct.calcsize("=" + f) for f in moe_launch.TILE_PARAMETERS]
-    return arguments.sizes(spec) if isinstance(spec, KernelSpec) else list(moe_launch.PARAMETERS)
+    return arguments.sizes(spec) if isinstance(spec, KernelSpec) else list(moe_launch.parameters_of(spec.config))
 
 
 @dataclass
@@ -199,13 +199,14 @@ def run(launched: Launch) -> None:
 
 def run_experts(launched: Launch) -> None:
     """Compute what the kernel for mixtures of experts would: tile by tile, as its table says."""
-    c, raw = launched.spec.config, launched.parameters
-    maps = [decode(b) for b in raw[2:8]]
-    n, k, experts = struct.unpack("=3i", raw[8])
-    rows, also_k = struct.unpack("=2i", raw[10])
-    atoms, along_k = struct.unpack("=2i", raw[11])
-    table_at, out_at, stride, *read = (struct.unpack("=Q", b)[0] for b in raw[12:20])
-    flags, alpha, beta, limit, again_n, again_k = struct.unpack("=ifffii", b"".join(raw[20:]))
+    c, raw = launched.spec.config, launched.parameters[2:]
+    count, weights = (6, 2) if c.gated else (4, 1)
+    maps, raw = [decode(b) for b in raw[:count]], raw[count:]
+    n, k, experts = struct.unpack("=3i", raw[0])
+    rows, also_k = struct.unpack("=2i", raw[2])
+    atoms, along_k = struct.unpack("=2i", raw[3])
+    table_at, out_at, stride, *read = (struct.unpack("=Q", b)[0] for b in raw[4 : 8 + 2 * weights])
+    flags, alpha, beta, limit, again_n, again_k = struct.unpack("=ifffii", b"".join(raw[8 + 2 * weights :]))
     assert (again_n, again_k, also_k, k % 32) == (n, k, k, 0)
     assert launched.block == (192, 1, 1)
     assert launched.shared_bytes == SHARED_BYTES
@@ -213,16 +214,16 @@ def run_experts(launched: Launch) -> None:
     assert launched.attributes.get(4, (1, 1, 1)) == (c.ctas, 1, 1)
     assert (maps[2].element_type, maps[2].global_shape, maps[2].global_strides) == ("16u4_align8b", (k, rows), (k // 2,))
     assert maps[3].global_shape == (256, along_k, atoms)
-    gate, up = (_matrix(maps[i], maps[i + 1], n, k, experts).decode(torch.float64) for i in (0, 4))
+    matrices = [_matrix(maps[i], maps[i + 1], n, k, experts).decode(torch.float64) for i in range(0, count, 4)]
     codes = memory(maps[2].address, (rows, k // 2), (k // 2, 1), torch.uint8)
     layout = SwizzledLayout(128 * atoms, k // 16)
     stored = memory(maps[3].address, (layout.nbytes,), (1,), torch.uint8).view(layout.storage_shape)
     scales = layout.load(stored)
     a_scale = memory(read[0], (1,), (1,), torch.float32).double()
-    globals_ = [memory(address, (experts,), (1,), torch.float32).double() for address in read[1:3]]
+    globals_ = [memory(address, (experts,), (1,), torch.float32).double() for address in read[1 : 1 + weights]]
     biases = [
         memory(b, (experts, n), (n, 1), torch.float32).double() if flags & bit else torch.zeros(experts, n).double()
-        for b, bit in zip(read[3:], (8, 16))
+        for b, bit in zip(read[1 + weights :], (8, 16))
     ]
     dtype = torch.bfloat16 if launched.spec.out == "bf16" else torch.float16
     target = memory(out_at, (rows, n), (stride, 1), dtype)
@@ -232,8 +233,8 @@ def run_experts(launched: Launch) -> None:
         here = slice(start, min(start + c.tile_n, end))
         own = scales[tile * c.tile_n :][: here.stop - start].view(torch.float8_e4m3fn)
         x = NVFP4Tensor(codes[here].clone(), own.clone(), torch.ones(())).decode(torch.float64)
-        sums = [x @ w[e].mT * (a_scale * g[e]) + b[e] for w, g, b in zip((gate, up), globals_, biases)]
-        value = (IDENTITY if flags & 1 else Activation("swish", alpha, beta, limit))(*sums)
+        sums = [x @ w[e].mT * (a_scale * g[e]) + b[e] for w, g, b in zip(matrices, globals_, biases, strict=True)]
+        value = (IDENTITY if flags & 1 else Activation("swish", alpha, beta, limit))(*sums) if c.gated else sums[0]
         target[here].copy_(reference.round_once(value, dtype))
 
 

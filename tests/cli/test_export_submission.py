@@ -150,7 +150,8 @@ def test_configurations_are_changes_of_the_default() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kernel", "sm90", "--shape", "1,2,32"], "--kernel: expected one of sm100_dual_gemm_w4a4, sm100_linear_w4a4, got 'sm90'"),
+        (["--kernel", "sm90", "--shape", "1,2,32"], "--kernel: expected one of sm100_dual_gemm_w4a4, sm100_linear_w4a4, "
+         "sm100_grouped_dual_gemm_w4a4, sm100_grouped_linear_w4a4, got 'sm90'"),
         (["--kernel", "sm100_dual_gemm_w4a4"], "--shape: expected M,N,K or M,N,K,L, positive, got None"),
         (["--kernel", "sm100_dual_gemm_w4a4", "--shape", "1,8,32", "--config", "tile_m=64,ctas=1"],
          "--config: tile_m 64: a block-scaled MMA of one CTA has 128 rows (PTX ISA, tcgen05.mma, shapes)"),

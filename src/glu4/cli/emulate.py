@@ -73,12 +73,14 @@ MemoryOption = Annotated[
 ]
 KernelOption = Annotated[
     str | None,
-    typer.Option("--kernel", metavar="NAME", help="sm100_dual_gemm_w4a4 or sm100_linear_w4a4: glu4's own, compiled now."),
+    typer.Option("--kernel", metavar="NAME", help="sm100_[grouped_]dual_gemm_w4a4, sm100_[grouped_]linear_w4a4: compiled now."),
 ]
 ConfigOption = Annotated[
     str | None, typer.Option("--config", metavar="FIELD=VALUE,..", help="Of --kernel: changes of the shape's default.")
 ]
-ShapeOption = Annotated[str | None, typer.Option("--shape", metavar="M,N,K[,L]", help="Of --kernel.")]
+ShapeOption = Annotated[
+    str | None, typer.Option("--shape", metavar="M,N,K[,L]", help="Of --kernel; of a grouped one ROWS,N,K,EXPERTS.")
+]
 TilesOption = Annotated[
     int | None,
     typer.Option("--tiles", metavar="N", min=1, help="Of --kernel: tiles of the output, corners first; 2 without it."),

@@ -5,8 +5,9 @@ Compiling needs nvidia-cutlass-dsl, capturing a launch a C compiler; no GPU is n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.box import SIMPLE
 from rich.markup import escape
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from glu4.backends.blackwell.config import Config
     from glu4.verify.emulated import Emulated
 
-__all__ = ["KERNELS", "emulate_kernel", "verify_emulated"]
+__all__ = ["KERNELS", "aligned", "changed", "emulate_kernel", "print_kernel", "verify_emulated"]
+
+C = TypeVar("C")
 
 KERNELS = {"sm100_dual_gemm_w4a4": True, "sm100_linear_w4a4": False}  # whether there are two matrices
 
@@ -72,15 +75,27 @@ def _print(file: Path, problem: str, found: list[Emulated], seed: int) -> None:
 
 def config_of(text: str | None, m: int, n: int, k: int, dual: bool) -> Config:
     """`field=value,..` on the shape's default; raises ValueError for a field or value that there is not."""
-    from dataclasses import fields, replace
+    from dataclasses import replace
 
     from glu4.backends.blackwell.config import Config, candidates
     from glu4.problem import Problem
 
     base = next(candidates(Problem(m, n, k, operation="dual_gemm" if dual else "linear")), Config())
+    found = changed(base, text, lambda c: c.most_stages(2 if dual else 1))
+    first = text is None or "gate_first" not in text
+    return replace(found, gate_first=min(found.gate_first, found.stages)) if first else found
+
+
+def changed(base: C, text: str | None, most_stages: Callable[[C], int]) -> C:
+    """`field=value,..` on a configuration; of the stages, unless they are given, as many are kept as fit.
+
+    Raises ValueError for a field or value that there is not.
+    """
+    from dataclasses import fields, replace
+
     if text is None or text == "default":
         return base
-    known = {f.name: type(getattr(base, f.name)) for f in fields(Config)}
+    known = {f.name: type(getattr(base, f.name)) for f in fields(base)}  # type: ignore[arg-type] # a dataclass
     given: dict[str, Any] = {}
     for part in text.split(","):
         name, _, value = (s.strip() for s in part.partition("="))
@@ -91,10 +106,10 @@ def config_of(text: str | None, m: int, n: int, k: int, dual: bool) -> Config:
                 int(value) if known[name] is int else _word(value, known[name]))  # fmt: skip
         except ValueError:
             raise ValueError(f"--config: {name}: expected {known[name].__name__}, got {value!r}") from None
-    changed = replace(base, **given)
+    found: Any = replace(base, **given)  # type: ignore[type-var]
     if "stages" not in given:
-        changed = replace(changed, stages=max(1, min(changed.stages, changed.most_stages(2 if dual else 1))))
-    return replace(changed, gate_first=min(changed.gate_first, changed.stages)) if "gate_first" not in given else changed
+        found = replace(found, stages=max(1, min(found.stages, most_stages(found))))
+    return found  # type: ignore[no-any-return]
 
 
 def _word(value: str, kind: type) -> str:
@@ -136,10 +151,13 @@ def emulate_kernel(
     from glu4.backends.blackwell.config import legal
     from glu4.backends.blackwell.emulation import export
     from glu4.backends.blackwell.spec import KernelSpec
+    from glu4.cli import experts
     from glu4.problem import Problem
 
+    if kernel in experts.KERNELS:
+        return experts.emulate_experts(kernel, config, shape, plan, limits, json)
     if kernel not in KERNELS:
-        raise ValueError(f"--kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}")
+        raise ValueError(f"--kernel: expected one of {', '.join((*KERNELS, *experts.KERNELS))}, got {kernel!r}")
     dual, (m, n, k, batch) = KERNELS[kernel], shape_of(shape)
     padded = -(-k // 32) * 32
     chosen = config_of(config, m, n, padded, dual)
@@ -158,7 +176,7 @@ def emulate_kernel(
         head = {"tool": "glu4 emulate", "kernel": made.spec.name, "shape": [m, n, k, batch], "clean": right}
         emit_json(head | {"config": {f: getattr(chosen, f) for f in vars(replace(chosen))}, "tiles": rows})
     else:
-        _print_kernel(made.spec.name, rows)
+        print_kernel(made.spec.name, rows)
     return right
 
 
@@ -174,7 +192,7 @@ def _tiles(
 
     m, n, k, batch = shape
     case = full_range_case(seed, m, n, k, batch=batch if batch > 1 else None, linear=not made.spec.dual)
-    operands = Operands(_aligned(case.x), _aligned(case.gate), None if case.up is None else _aligned(case.up), case.activation)
+    operands = Operands(aligned(case.x), aligned(case.gate), None if case.up is None else aligned(case.up), case.activation)
     c = made.spec.config
     sampled: list[Any] = [None]
     if c.schedule == "one_wave":
@@ -194,8 +212,8 @@ def _tiles(
     return rows
 
 
-def _aligned(t: Any) -> Any:
-    """With K padded to a multiple of 32, by blocks whose scale is zero."""
+def aligned(t: Any) -> Any:
+    """An operand with K padded to a multiple of 32, by blocks whose scale is zero."""
     import torch
 
     from glu4.nvfp4 import NVFP4Tensor
@@ -208,7 +226,8 @@ def _aligned(t: Any) -> Any:
     return NVFP4Tensor(codes, scale, t.global_scale)
 
 
-def _print_kernel(name: str, rows: list[dict[str, Any]]) -> None:
+def print_kernel(name: str, rows: list[dict[str, Any]]) -> None:
+    """A line for each tile that was run."""
     console.print(escape(name), highlight=False, soft_wrap=True)
     for row in rows:
         random = f", seed {row['seed']}" if row["schedule"] == "random" else ""

@@ -16,7 +16,7 @@ from backends.blackwell.grouped import DTYPES, SENTINEL, recording
 from glu4.activation import SILU, Activation
 from glu4.backends.blackwell import launch
 from glu4.backends.blackwell.moe_config import MoeConfig
-from glu4.backends.blackwell.moe_launch import ADDRESSES, MoeChoice, MoePlan, MoeShape, made_kernel
+from glu4.backends.blackwell.moe_launch import MoeChoice, MoePlan, MoeShape, addresses_of, made_kernel
 from glu4.backends.blackwell.moe_spec import MoeSpec
 from glu4.backends.blackwell.moe_tokens import tile_table, tiled_scales
 from glu4.emulator.capture import CapturedLaunch, describe
@@ -33,7 +33,7 @@ class MoeKernels(ExportedKernels):
     """With CuTe DSL's host objects."""
 
     suffixes = (*ExportedKernels.suffixes, ".o", ".h")
-    together = 4
+    together = 5
 
 
 def spec(out: str = "f16", **fields: Any) -> MoeSpec:
@@ -44,15 +44,23 @@ def spec(out: str = "f16", **fields: Any) -> MoeSpec:
 
 
 def full_range(
-    seed: int, counts: Sequence[int], n: int, k: int, out: str = "f16", activation: Activation = SILU, bias: bool = True
-) -> Case:
-    """A full-range case whose experts have global scales other than their neighbours'."""
+    seed: int, counts: Sequence[int], n: int, k: int, out: str = "f16", activation: Activation = SILU, bias: bool = True,
+    linear: bool = False,
+) -> Case:  # fmt: skip
+    """A full-range case whose experts have global scales other than their neighbours'; linear: of one matrix an expert."""
     case = full_range_case(
-        seed, sum(counts), n, k, group_sizes=list(counts), out_dtype=DTYPES[out], activation=activation, bias=bias
+        seed,
+        sum(counts),
+        n,
+        k,
+        group_sizes=list(counts),
+        out_dtype=DTYPES[out],
+        activation=activation,
+        bias=bias,
+        linear=linear,
     )
-    assert case.up is not None
     # gate's and up's by turns: no neighbours are equal, of hundreds of experts some others are
-    scales = torch.stack((case.gate.global_scale, case.up.global_scale), 1).flatten().tolist()
+    scales = torch.stack([w.global_scale for w in (case.gate, case.up) if w is not None], 1).flatten().tolist()
     assert all(a != b for step in (1, 2) for a, b in zip(scales, scales[step:]))
     return case
 
@@ -93,19 +101,21 @@ class Call:
     def memory(self) -> dict[str, Tensor]:
         """Every buffer by name."""
         case = self.case
-        assert case.up is not None
-        gate, up = launch.prepared(case.gate), launch.prepared(case.up)
+        gate, up = (None if w is None else launch.prepared(w) for w in (case.gate, case.up))
+        assert gate is not None
         scale_x = tiled_scales(self.x.block_scale, self.table, self.kernel.spec.config.tile_n)
         nothing = torch.zeros(1)
         found = {
-            "gate": gate.codes, "scale_gate": gate.block_scale, "x": self.x.codes, "scale_x": scale_x, "up": up.codes,
-            "scale_up": up.block_scale, "table": self.table, "out": self.out, "global_x": self.x.global_scale,
-            "global_gate": gate.global_scale, "global_up": up.global_scale,
+            "gate": gate.codes, "scale_gate": gate.block_scale, "x": self.x.codes, "scale_x": scale_x, "table": self.table,
+            "out": self.out, "global_x": self.x.global_scale, "global_gate": gate.global_scale,
             "gate_bias": nothing if case.gate_bias is None else case.gate_bias.float().contiguous(),
-            "up_bias": nothing if case.up_bias is None else case.up_bias.float().contiguous(),
         }  # fmt: skip
-        assert tuple(found) == ADDRESSES
-        return {name: t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for name, t in found.items()}
+        if up is not None:
+            found |= {"up": up.codes, "scale_up": up.block_scale, "global_up": up.global_scale}
+            found["up_bias"] = nothing if case.up_bias is None else case.up_bias.float().contiguous()
+        ordered = {name: found[name] for name in addresses_of(self.kernel.spec.config)}
+        assert len(ordered) == len(found)
+        return {name: t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for name, t in ordered.items()}
 
     @property
     def shape(self) -> MoeShape:
@@ -121,7 +131,7 @@ class Call:
             plan = MoePlan(
                 MoeChoice(made, self.kernel.spec.config, processors), self.shape, flags, (act.alpha, act.beta, act.limit)
             )
-            plan.launch(-1, 0, [self.memory[name].data_ptr() for name in ADDRESSES])
+            plan.launch(-1, 0, [t.data_ptr() for t in self.memory.values()])
         ((_, launched),) = recorder.launches
         return launched
 
@@ -187,8 +197,9 @@ def _one(case: Case, expert: int, rows: slice, columns: slice) -> Case:
     """A tile as a dense case."""
     assert isinstance(case.x, NVFP4Tensor)
     gate, up = (
-        w[expert].narrow_rows(columns.start, columns.stop - columns.start) for w in (case.gate, case.up) if w is not None
+        None if w is None else w[expert].narrow_rows(columns.start, columns.stop - columns.start) for w in (case.gate, case.up)
     )
+    assert gate is not None
     gate_bias, up_bias = (None if b is None else b[expert, columns] for b in (case.gate_bias, case.up_bias))
     x = case.x.narrow_rows(rows.start, rows.stop - rows.start)
     return replace(case, x=x, gate=gate, up=up, gate_bias=gate_bias, up_bias=up_bias, group_offsets=None)

@@ -24,7 +24,8 @@ PROBLEM = GroupedProblem(512, 128, 768, 2048)
         (MoeConfig(), replace(PROBLEM, k=2064), "K 2064: tensor copies need rows of a multiple of 16 bytes"),
         (MoeConfig(), replace(PROBLEM, x_format="float16"), "float16 activations: the block-scaled MMA takes 4-bit operands"),
         (MoeConfig(), replace(PROBLEM, out_dtype=torch.float32), "float32 output: the kernel writes float16 or bfloat16"),
-        (MoeConfig(), replace(PROBLEM, operation="grouped_linear"), "grouped_linear: the kernel for mixtures of experts"),
+        (MoeConfig(), replace(PROBLEM, operation="grouped_linear"), "grouped_linear: the kernel multiplies by gate and up"),
+        (MoeConfig(gated=False), PROBLEM, "grouped_dual_gemm: the kernel multiplies by one matrix an expert"),
         (MoeConfig(tile_n=32), replace(PROBLEM, rows=1 << 30, n=1 << 14), "more tiles than 1073741823"),
     ],
 )

@@ -22,7 +22,7 @@ from backends.blackwell.test_group_gemm import SCHEDULES, SLOWEST_AND_RANDOM, TW
 from glu4.activation import IDENTITY, clamped_silu, swiglu_oai
 from glu4.backends.blackwell.emulation import export
 from glu4.backends.blackwell.moe_config import moe_legal
-from glu4.backends.blackwell.moe_launch import PARAMETERS, shipped
+from glu4.backends.blackwell.moe_launch import parameters_of, shipped
 from glu4.backends.blackwell.moe_spec import MoeSpec
 from glu4.compiled.cubin import resources
 from glu4.compiled.store import compile_missing, file_of, read
@@ -48,10 +48,18 @@ KERNELS: dict[str, tuple[MoeSpec, tuple[int, int]]] = {
         spec("bf16", ctas=2, tile_m=256, tile_n=32, stages=2, load_width=8, schedule="launch_control", pdl=True),
         (136, 288),
     ),
+    "one matrix, pair": (
+        spec(gated=False, ctas=2, tile_m=256, tile_n=32, stages=3, load_width=16, evict_first=True),
+        (72, 1056),
+    ),
     "base": (spec(stages=2), (136, 800)),
     "k 128": (spec("bf16", tile_n=64, tile_k=128, stages=5, store="direct", load_width=64), (136, 544)),
     "pair": (spec("bf16", ctas=2, tile_m=256, stages=2), (300, 800)),
     "pair, n 64": (spec(ctas=2, tile_m=256, tile_n=64, stages=2, load_width=64, pdl=True), (264, 1056)),
+    "one matrix": (
+        spec("bf16", gated=False, stages=3, store="direct", schedule="launch_control", pdl=True),
+        (136, 544),
+    ),
     "controlled": (spec(tile_n=64, stages=2, schedule="launch_control", evict_first=True), (136, 544)),
 }
 SHORT = (
@@ -79,13 +87,16 @@ def shipped_kernels(compiled: Path) -> MoeKernels:
 
 def case_of(name: str, seed: int = 2, counts: Sequence[int] = COUNTS, **fields: Any) -> Case:
     one, (n, k) = KERNELS[name]
-    return full_range(seed, counts, n, k, one.out, **fields)
+    return full_range(seed, counts, n, k, one.out, linear=not one.config.gated, **fields)
 
 
 def prove(call: Call, schedules: Any = SLOWEST_AND_RANDOM, **options: Any) -> Tensor:
     """C of all schedules, whose bits are the same."""
     case, config = call.case, call.kernel.spec.config
-    problem = GroupedProblem(call.x.shape[0], case.gate.shape[0], case.gate.rows, case.k, out_dtype=case.out_dtype)
+    problem = GroupedProblem(
+        call.x.shape[0], case.gate.shape[0], case.gate.rows, case.k, out_dtype=case.out_dtype,
+        operation="grouped_dual_gemm" if config.gated else "grouped_linear",
+    )  # fmt: skip
     assert moe_legal(config, problem) is None
     first: Tensor | None = None
     for schedule, seed in schedules:
@@ -113,7 +124,7 @@ def test_twenty_schedules(kernels: MoeKernels, name: str) -> None:
     prove(Call(case_of(name), kernels[name]), TWENTY)
 
 
-@pytest.mark.parametrize("name", short(["n 32", "controlled, pair", "pair, n 64", "controlled"]))
+@pytest.mark.parametrize("name", short(["n 32", "controlled, pair", "pair, n 64", "controlled", "one matrix"]))
 def test_random_routing(kernels: MoeKernels, name: str) -> None:
     generator = torch.Generator().manual_seed(1)
     counts = torch.randint(0, 16, (40,), generator=generator).bincount(minlength=16)  # 40 tokens choose among 16 experts
@@ -121,10 +132,10 @@ def test_random_routing(kernels: MoeKernels, name: str) -> None:
     prove(Call(case_of(name, 3, counts.tolist()), kernels[name]), SCHEDULES[2:3])
 
 
-@pytest.mark.parametrize("name", short(["n 64", "base", "pair"]))
+@pytest.mark.parametrize("name", short(["n 64", "one matrix, pair", "base", "pair"]))
 def test_exact_sums(kernels: MoeKernels, name: str) -> None:
     one, (n, k) = KERNELS[name]
-    case = exact_sum_case(4, sum(COUNTS), n, k, group_sizes=COUNTS, out_dtype=DTYPES[one.out])
+    case = exact_sum_case(4, sum(COUNTS), n, k, group_sizes=COUNTS, out_dtype=DTYPES[one.out], linear=not one.config.gated)
     prove(Call(case, kernels[name]), SCHEDULES[1:2])
 
 
@@ -197,7 +208,9 @@ def test_512_experts(kernels: MoeKernels) -> None:
 def test_shipped_kernels_at_a_layers_size(shipped_kernels: MoeKernels, name: str) -> None:
     """N and K of Qwen3-30B-A3B, 12 experts, of 1 / rank of the tokens each: all tiles of three of 74 pairs."""
     counts = [int(160 / rank) if rank != 5 else 0 for rank in range(1, 13)]
-    call = Call(full_range(15, counts, 768, 2048), shipped_kernels[name])
+    gated = moe_table.SPECS[name].config.gated
+    n, k = (768, 2048) if gated else (2048, 768)
+    call = Call(full_range(15, counts, n, k, linear=not gated), shipped_kernels[name])
     everything = tiles(call)
     last = min(74, len(everything)) - 1
     for worker, (schedule, seed) in zip((0, last, last // 3), (*SLOWEST_AND_RANDOM, SCHEDULES[3])):
@@ -357,12 +370,12 @@ def test_instructions(kernels: MoeKernels, name: str) -> None:
     kernel = kernels[name]
     c = kernel.spec.config
     kind = rf"tcgen05\.mma\.cta_group::{c.ctas}\.kind::mxf4nvf4\.block_scale\.block16"
-    assert count(kernel, kind) == count(kernel, r"tcgen05\.mma") == c.tile_k // 64 * 2
-    assert count(kernel, r"cp\.async\.bulk\.tensor\.[234]d\S*shared::") == 6
-    assert count(kernel, r"tcgen05\.ld") == 2
+    assert count(kernel, kind) == count(kernel, r"tcgen05\.mma") == c.tile_k // 64 * (1 + c.gated)
+    assert count(kernel, r"cp\.async\.bulk\.tensor\.[234]d\S*shared::") == (6 if c.gated else 4)
+    assert count(kernel, r"tcgen05\.ld") == 1 + c.gated
     assert count(kernel, r"ld\.global\.v4\.b32") <= 3
     assert resources(kernel.cubin) == (kernel.description["registers"], 0)
-    assert kernel.description["params"] == list(PARAMETERS)
+    assert kernel.description["params"] == list(parameters_of(c))
 
 
 @pytest.mark.long
@@ -371,7 +384,9 @@ def test_the_table_of_the_documentation(shipped_kernels: MoeKernels) -> None:
     assert moe_table.written() == moe_table.table(shipped_kernels)
     for kernel in shipped_kernels.values():
         found = machine_code.counts(kernel.cubin)
-        assert (found["spills"], found["other MMAs"], found["TMA loads"]) == (0, 0, 6), kernel.spec.name
+        assert (found["spills"], found["other MMAs"], found["TMA loads"]) == (0, 0, 6 if kernel.spec.config.gated else 4), (
+            kernel.spec.name
+        )
 
 
 @pytest.mark.long

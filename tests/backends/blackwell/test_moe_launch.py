@@ -22,7 +22,7 @@ from glu4 import reference
 from glu4.activation import IDENTITY, SILU, clamped_silu, swiglu_oai
 from glu4.backends.blackwell import launch, moe_launch
 from glu4.backends.blackwell.moe_config import MoeConfig, most_tiles
-from glu4.backends.blackwell.moe_launch import ADDRESSES, PARAMETERS, MoePlan, MoeShape, moe_parameters
+from glu4.backends.blackwell.moe_launch import MoePlan, MoeShape, addresses_of, moe_parameters, parameters_of
 from glu4.backends.blackwell.moe_spec import MoeSpec, TileSpec
 from glu4.emulator.capture import capture, pointer, scalar
 from glu4.errors import UnsupportedError
@@ -30,7 +30,7 @@ from glu4.nvfp4 import NVFP4Tensor, _unchecked
 from glu4.problem import GroupedProblem, grouped_problem
 from glu4.verify import Case, full_range_case
 
-PLACES = {name: 0x7000_0000_0000 + (i << 36) for i, name in enumerate(ADDRESSES)}
+PLACES = {name: 0x7000_0000_0000 + (i << 36) for i, name in enumerate(addresses_of(MoeConfig()))}
 CONSTANTS = (1.702, 1.0, 7.0)
 SHAPE = MoeShape(130, 5, 136, 288, 200)
 HOSTS = {
@@ -41,6 +41,7 @@ HOSTS = {
     "pair": spec("bf16", ctas=2, tile_m=256, stages=2),
     "k 128": spec("bf16", tile_n=64, tile_k=128, stages=5, store="direct", load_width=64),
     "controlled": spec("bf16", ctas=2, tile_m=256, tile_n=32, stages=2, load_width=8, schedule="launch_control", pdl=True),
+    "one matrix": spec("bf16", gated=False, ctas=2, tile_m=256, tile_n=64, stages=3, pdl=True),
 }  # fmt: skip
 
 
@@ -52,18 +53,21 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeBlackwell]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="needs CuTe DSL to compile the kernels")
-@pytest.mark.parametrize("name", [n if i < 3 else pytest.param(n, marks=pytest.mark.long) for i, n in enumerate(HOSTS)])
+@pytest.mark.parametrize(
+    "name", [n if i in (0, 1, len(HOSTS) - 1) else pytest.param(n, marks=pytest.mark.long) for i, n in enumerate(HOSTS)]
+)
 def test_parameters_are_those_of_the_host_code(compiled: Path, name: str) -> None:
     kernel = MoeKernels(HOSTS, compiled)[name]
     c, processors, (rows, experts, n, k, stride) = kernel.spec.config, 5, SHAPE
-    first, last = ADDRESSES[:7], (*ADDRESSES[8:], "out")
-    given = [pointer(PLACES[name]) for name in (*first, *last)] + [scalar("i64", stride), scalar("i32", 25)]
+    names = [n for n in addresses_of(c) if n != "out"]
+    places = {n: PLACES[n] for n in addresses_of(c)}
+    given = [pointer(places[n]) for n in (*names, "out")] + [scalar("i64", stride), scalar("i32", 25)]
     given += [scalar("f32", v) for v in CONSTANTS]
     given += [scalar("i32", v) for v in (processors, rows, most_tiles(rows, experts, c.tile_n), n, k, experts)] + [pointer(0)]
     (launched,) = capture(kernel.file(".o"), kernel.ptx, given)
     with recording():
-        ours = moe_parameters(c, SHAPE, PLACES, 25, CONSTANTS)
-    assert [len(b) for b in ours] == [len(b) for b in launched.params] == list(PARAMETERS)
+        ours = moe_parameters(c, SHAPE, places, 25, CONSTANTS)
+    assert [len(b) for b in ours] == [len(b) for b in launched.params] == list(parameters_of(c))
     for i, (mine, theirs) in enumerate(zip(ours[2:], launched.params[2:], strict=True)):  # two tiled MMAs hold nothing
         assert canonical(mine) == canonical(theirs), f"parameter {i + 2}"
     assert launched.grid == c.grid(rows, experts, n, processors)
@@ -77,24 +81,28 @@ COUNTS = [3, 0, 130, 1, 40]
 
 
 def run(case: Case, out: Tensor | None = None, config: MoeConfig | None = None, offsets: Tensor | None = None) -> Tensor:
-    problem = grouped_problem(case.x, case.gate, activation=case.activation, out_dtype=case.out_dtype, has_bias=False)
+    problem = grouped_problem(
+        case.x, case.gate, dual=case.up is not None, activation=case.activation, out_dtype=case.out_dtype, has_bias=False
+    )
     target = torch.zeros((case.x.shape[0], case.gate.rows), dtype=case.out_dtype) if out is None else out
     at, biases = case.group_offsets if offsets is None else offsets, (case.gate_bias, case.up_bias)
     assert at is not None
-    assert case.up is not None
-    moe_launch.grouped(target, case.x, (case.gate, case.up), at, biases, case.activation, problem, config)  # type: ignore[arg-type]
+    weights = tuple(w for w in (case.gate, case.up) if w is not None)
+    moe_launch.grouped(target, case.x, weights, at, biases[: len(weights)], case.activation, problem, config)  # type: ignore[arg-type]
     return target
 
 
 def expected(case: Case) -> Tensor:
     found = torch.zeros((case.x.shape[0], case.gate.rows), dtype=case.out_dtype)
-    assert case.up is not None
     for e, (begin, end) in enumerate(itertools.pairwise(case.group_offsets.tolist())):  # type: ignore[union-attr]
         biases = {
             "gate_bias": None if case.gate_bias is None else case.gate_bias[e],
             "up_bias": None if case.up_bias is None else case.up_bias[e],
         }
         rows = case.x.narrow_rows(begin, end - begin)  # type: ignore[union-attr]
+        if case.up is None:
+            found[begin:end] = reference.linear(rows, case.gate[e], bias=biases["gate_bias"], out_dtype=case.out_dtype)
+            continue
         found[begin:end] = reference.dual_gemm(
             rows, case.gate[e], case.up[e], activation=case.activation, out_dtype=case.out_dtype, **biases
         )
@@ -105,7 +113,7 @@ def expected(case: Case) -> Tensor:
 def test_every_kind_of_configuration(cuda: FakeBlackwell, name: str) -> None:
     one = HOSTS[name]
     out = torch.bfloat16 if one.out == "bf16" else torch.float16
-    case = full_range_case(1, sum(COUNTS), 72, 96, group_sizes=COUNTS, out_dtype=out, bias=True)
+    case = full_range_case(1, sum(COUNTS), 72, 96, group_sizes=COUNTS, out_dtype=out, bias=True, linear=not one.config.gated)
     assert torch.equal(run(case, config=one.config), expected(case))
     assert torch.equal(run(case, config=one.config), expected(case)), "a second launch uses the memory of the first"
     assert [made.spec for made in cuda.made] == [TileSpec(one.config.tile_n), one] * 2
@@ -239,7 +247,7 @@ def test_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_another_kernel_runs_where_the_first_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     case = full_range_case(14, 44, 40, 64, group_sizes=[3, 0, 41])
-    last = [s for s in moe_launch.shipped() if s.out == "f16"][-1]
+    last = [s for s in moe_launch.shipped(gated=True) if s.out == "f16"][-1]
     with fake_blackwell(monkeypatch, found=lambda s: compiled(s) if s == last else None) as fake:
         assert torch.equal(run(case), expected(case))
         assert [made.spec for made in fake.made] == [last], "tiles are numbered by torch"
@@ -252,4 +260,4 @@ def test_what_is_shipped() -> None:
         tiles = [TileSpec(tile_n, arch) for tile_n in (32, 64, 128)]
         assert moe_launch.all_shipped(arch) == [*launch.shipped(arch=arch), *shipped, *tiles]
     assert MoeSpec.from_dict(shipped[0].to_dict()) == shipped[0]
-    assert len({s.key for s in shipped}) == len(shipped) == 6
+    assert len({s.key for s in shipped}) == len(shipped) == 12

@@ -70,6 +70,8 @@ def _arguments(spec: MoeSpec) -> tuple[Any, ...]:
     out = {"f16": cutlass.Float16, "bf16": cutlass.BFloat16}[spec.out]
     operands = [_pointer(t, 16) for _ in range(3) for t in (E2M1, E4M3)]
     floats_of = [_pointer(cutlass.Float32, 4) for _ in range(5)]  # global scales and biases
+    if not spec.config.gated:  # nothing of up
+        operands[4:] = floats_of[2::2] = None, None
     numbers = [cutlass.Int64(0), cutlass.Int32(0), *(cutlass.Float32(0.0) for _ in range(3))]
     numbers += [cutlass.Int32(0) for _ in range(6)]
     kernel, table = MoeGemm(spec.config, out), _pointer(cutlass.Int32, 16)

@@ -23,6 +23,7 @@ _MOST_TILES = (1 << 30) - 1  # two counts of tiles are added in 32 bits with a s
 class MoeConfig:
     """One kernel, for any number of experts. Fields: `grouped_config.GroupConfig`.
 
+    gated     gate and up, and the activation; otherwise one matrix an expert
     schedule  "static" or "launch_control", whose grid has a CTA or pair for each tile that there is at most
     """
 
@@ -36,6 +37,7 @@ class MoeConfig:
     store: str = "shared"
     evict_first: bool = False
     pdl: bool = False
+    gated: bool = True
 
     def __post_init__(self) -> None:
         if self.schedule not in _SCHEDULES:
@@ -46,7 +48,7 @@ class MoeConfig:
     def grouped(self) -> GroupConfig:
         """The grouped kernel's configuration for one group, whose loads, products and shared memory are the same."""
         return GroupConfig(
-            1, True, self.ctas, self.tile_m, self.tile_n, self.tile_k, self.stages, self.load_width, self.schedule,
+            1, self.gated, self.ctas, self.tile_m, self.tile_n, self.tile_k, self.stages, self.load_width, self.schedule,
             self.store, self.evict_first, self.pdl,
         )  # fmt: skip
 
@@ -77,8 +79,8 @@ def most_tiles(rows: int, experts: int, tile_n: int) -> int:
 
 def moe_legal(config: MoeConfig, problem: GroupedProblem) -> str | None:
     """Why `config` may not run `problem`, in one sentence; None when it may."""
-    if problem.operation != "grouped_dual_gemm":
-        return f"{problem.operation}: the kernel for mixtures of experts multiplies by gate and up"
+    if (problem.operation == "grouped_dual_gemm") != config.gated:
+        return f"{problem.operation}: the kernel multiplies by {'gate and up' if config.gated else 'one matrix an expert'}"
     if problem.x_format != "nvfp4":
         return f"{problem.x_format} activations: the block-scaled MMA takes 4-bit operands on both sides; quantize them first"
     if problem.out_dtype.itemsize != 2:
@@ -104,7 +106,7 @@ def moe_candidates(problem: GroupedProblem) -> Iterator[MoeConfig]:
     mean = problem.rows / max(problem.experts, 1)
     first = next(i for i, (most, _) in enumerate(_CHOICE) if most is None or mean <= most)
     for _, tile in (*_CHOICE[first:], *reversed(_CHOICE[:first])):
-        config = MoeConfig(*tile, stages=1, evict_first=True)
+        config = MoeConfig(*tile, stages=1, evict_first=True, gated=problem.operation == "grouped_dual_gemm")
         config = replace(config, stages=max(1, config.grouped.most_stages))
         if moe_legal(config, problem) is None:
             yield config
@@ -112,4 +114,8 @@ def moe_candidates(problem: GroupedProblem) -> Iterator[MoeConfig]:
 
 def moe_refusal(problem: GroupedProblem) -> str | None:
     """Why no configuration may run `problem`; None when one may."""
-    return None if next(moe_candidates(problem), None) is not None else moe_legal(MoeConfig(), problem)
+    return (
+        None
+        if next(moe_candidates(problem), None) is not None
+        else moe_legal(MoeConfig(gated=problem.operation == "grouped_dual_gemm"), problem)
+    )

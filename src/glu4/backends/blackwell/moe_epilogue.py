@@ -1,6 +1,6 @@
 """The epilogue of the Blackwell kernel for mixtures of experts: sums to C. Device code; needs nvidia-cutlass-dsl.
 
-A thread has a column of C and so one global scale and one bias of gate and of up for all of a tile.
+A thread has a column of C and so one global scale and one bias of gate and of up, or of the one matrix, for all of a tile.
 """
 
 from typing import Any
@@ -32,13 +32,13 @@ class MoeEpilogue(GroupEpilogue):
         # tokens are counted from the expert's first
         m = end - begin
         rows_of_expert = out.toint() + Int64(begin) * stride * 2
-        a, gate_scale, up_scale = (element(p, expert if i else Int32(0)) for i, p in enumerate(global_scales))
-        factors = [self.factors(a, scale) for scale in (gate_scale, up_scale)]
+        a, *scales = (element(p, expert if i else Int32(0)) for i, p in enumerate(global_scales))
+        factors = [self.factors(a, scale) for scale in scales]
         first_row = x * c.tile_m + half * ROWS
         column = first_row + thread
         added = [self.bias(p, activation[0], bit, expert, column, n) for p, bit in zip(biases, (GATE_BIAS, UP_BIAS))]
         gate = cute.make_rmem_tensor((c.load_width,), Float32)
-        up = cute.make_rmem_tensor((c.load_width,), Float32)
+        up = cute.make_rmem_tensor((c.load_width if self.two else 1,), Float32)
         rounded = cute.make_rmem_tensor((c.load_width,), self.out_type)
         done[0].consumer_wait(state)
         if cutlass.const_expr(self.turned):
@@ -47,11 +47,14 @@ class MoeEpilogue(GroupEpilogue):
             token = (tile - first) * c.tile_n + i * c.load_width
             if token < m:
                 self.read(base, accumulator, 0, i, gate, thread)
-                self.read(base, accumulator, 1, i, up, thread)
+                if cutlass.const_expr(self.two):
+                    self.read(base, accumulator, 1, i, up, thread)
                 cute.arch.fence_view_async_tmem_load()
                 for j in cutlass.range_constexpr(c.load_width):
-                    value = self.activate(gate[j] * factors[0][0] * factors[0][1] + added[0], *activation)
-                    value = self.gated(value, up[j] * factors[1][0] * factors[1][1] + added[1], *activation)
+                    value = gate[j] * factors[0][0] * factors[0][1] + added[0]
+                    if cutlass.const_expr(self.two):
+                        value = self.activate(value, *activation)
+                        value = self.gated(value, up[j] * factors[1][0] * factors[1][1] + added[1], *activation)
                     rounded[j] = value.to(self.out_type)
                 if cutlass.const_expr(self.turned):
                     self.store_turned(rounded, staged, i % BUFFERS, rows_of_expert, stride, token, first_row, m, n, thread)

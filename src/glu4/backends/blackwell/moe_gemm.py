@@ -1,4 +1,5 @@
 """sm100_grouped_dual_gemm_w4a4: C = act(X GATE[e]^T) * (X UP[e]^T) for the rows of each expert e, from NVFP4 operands.
+sm100_grouped_linear_w4a4: C = X W[e]^T.
 
 Device code for sm_100a; needs nvidia-cutlass-dsl. Read `moe_config` for what can be chosen. Products, tensor memory and their
 barriers are the grouped kernel's (`grouped_gemm`): weights as the MMA's M, gate's and up's stages one behind the other, tokens
@@ -39,7 +40,7 @@ class MoeGemm(GroupGemm):
     them; the table of tiles, 16-byte aligned; float32 global scales of x [1], gate and up [e]; float32 biases of gate and up
     [e, n], read if `flags` say so; C [rows, n], 2-byte aligned. Then C's row stride in elements; flags (epilogue.IDENTITY,
     GATE_BIAS, UP_BIAS); alpha, beta and limit of the activation; processors to fill; rows, tiles along tokens that there are at
-    most, n, k, a multiple of 32, and experts.
+    most, n, k, a multiple of 32, and experts. Of one matrix an expert it is in gate's place, and whatever is up's is None.
     """
 
     def __init__(self, config: MoeConfig, out_type: Any) -> None:
@@ -48,9 +49,9 @@ class MoeGemm(GroupGemm):
 
     @cute.jit
     def __call__(
-        self, gate: cute.Pointer, scale_gate: cute.Pointer, x: cute.Pointer, scale_x: cute.Pointer, up: cute.Pointer,
-        scale_up: cute.Pointer, table: cute.Pointer, global_x: cute.Pointer, global_gate: cute.Pointer,
-        global_up: cute.Pointer, gate_bias: cute.Pointer, up_bias: cute.Pointer, out: cute.Pointer, stride: Int64,
+        self, gate: cute.Pointer, scale_gate: cute.Pointer, x: cute.Pointer, scale_x: cute.Pointer, up: cute.Pointer | None,
+        scale_up: cute.Pointer | None, table: cute.Pointer, global_x: cute.Pointer, global_gate: cute.Pointer,
+        global_up: cute.Pointer | None, gate_bias: cute.Pointer, up_bias: cute.Pointer | None, out: cute.Pointer, stride: Int64,
         flags: Int32, alpha: Float32, beta: Float32, limit: Float32, processors: Int32, rows: Int32, most: Int32, n: Int32,
         k: Int32, experts: Int32, stream: CUstream,
     ):  # fmt: skip
@@ -67,7 +68,10 @@ class MoeGemm(GroupGemm):
         )
         of = (layouts, (mma, mma_one), (cluster, cluster_one))
         weights = self.copy_atoms(((gate, scale_gate, n),), k, experts, *of)
-        behind = self.copy_atoms(((up, scale_up, n),), k, experts, *of)
+        behind, global_scales, biases = ((),), (global_x, global_gate), (gate_bias,)
+        if cutlass.const_expr(self.behind > 0):
+            behind = self.copy_atoms(((up, scale_up, n),), k, experts, *of)
+            global_scales, biases = (global_x, global_gate, global_up), (gate_bias, up_bias)
         tokens = self.token_atoms((x, scale_x), (rows, most * c.tile_n), k, *of)
         count = most * cute.ceil_div(n, c.tile_m)
         if cutlass.const_expr(c.schedule == "static"):
@@ -75,7 +79,7 @@ class MoeGemm(GroupGemm):
         grid = (cutlass.max(count, 1) * c.ctas, 1, 1)
         self.moe_kernel(
             (mma, mma_one), (*weights[0], *tokens[0], *behind[0]), (*weights[1], *tokens[1]), layouts, (cluster, cluster_one),
-            table, out, stride, (global_x, global_gate, global_up), (gate_bias, up_bias), (flags, alpha, beta, limit), n, k,
+            table, out, stride, global_scales, biases, (flags, alpha, beta, limit), n, k,
         ).launch(
             grid=grid, block=(c.threads, 1, 1), cluster=self.cluster_shape if self.pair else None, stream=stream, use_pdl=c.pdl,
             min_blocks_per_mp=1,  # as for the dense kernel

@@ -2,8 +2,9 @@
 
 Executed in emulation only so far: no such GPU was at hand. Before the kernel another one numbers its tiles and lays out the
 tokens' scales (`moe_tile_tokens`; where it is not compiled, the torch operations of `moe_tokens`). CuTe DSL's host code of
-`moe_gemm` passes, one after the other: both tiled MMAs (nothing in them), six tensor maps, extents of codes and scales of the
-weights and of x, the table, C, its row stride, global scales, biases, flags, the activation's constants, N and K. Tests compare.
+`moe_gemm` passes, one after the other: both tiled MMAs (nothing in them), six tensor maps, or four of one matrix an expert;
+extents of codes and scales of the weights and of x; the table, C, its row stride, global scales, biases; flags, constants of
+the activation, N and K. Tests compare.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ from glu4.problem import GroupedProblem
 from glu4.scale_layout import ATOM_ROWS, SwizzledLayout
 
 __all__ = [
-    "ADDRESSES",
-    "PARAMETERS",
     "TILE_PARAMETERS",
     "MoeChoice",
     "MoePlan",
     "MoeShape",
+    "addresses_of",
     "all_shipped",
     "available",
     "forget",
     "grouped",
     "load",
     "moe_parameters",
+    "parameters_of",
     "shipped",
     "shipped_tiles",
     "submit",
@@ -51,17 +52,29 @@ __all__ = [
 ]
 
 _C = torch._C
-ADDRESSES = (
+_ADDRESSES = (
     "gate", "scale_gate", "x", "scale_x", "up", "scale_up", "table", "out", "global_x", "global_gate", "global_up",
     "gate_bias", "up_bias",
 )  # fmt: skip
+_OF_UP = ("up", "scale_up", "global_up", "up_bias")
 TILE_PARAMETERS = ("Q", "Q", "Q", "Q", "q", "i", "i", "i", "i")  # of the kernel that numbers tiles, as `struct` packs them
-PARAMETERS = (12, 12, *[_MAP_BYTES] * 6, 12, 12, 8, 8, *[8] * 8, *[4] * 6)  # bytes of each
-_MAPS, _TABLE = 2, 12  # numbers of the first map and of the table among them
+_MAPS, _EXTENTS = 2, 4  # number of the first map among the parameters; extents behind the maps
 _ATOM_BYTES = 512  # of block scales (glu4.scale_layout)
 _PLANS = 1 << 12
 # means of rows over experts whose candidates are the kernels that are compiled ahead
 _TYPICAL = (GroupedProblem(128, 128, 768, 2048), GroupedProblem(8192, 128, 768, 2048), GroupedProblem(32768, 128, 768, 2048))
+
+
+def addresses_of(config: MoeConfig) -> tuple[str, ...]:
+    """What a launch reads and writes, in the order of its parameters; of one matrix an expert, it is called gate."""
+    return tuple(name for name in _ADDRESSES if config.gated or name not in _OF_UP)
+
+
+def parameters_of(config: MoeConfig) -> tuple[int, ...]:
+    """Bytes of each parameter: MMAs, maps, extents, addresses with C's stride among them, and numbers."""
+    names = addresses_of(config)
+    maps = names.index("table")
+    return (12, 12, *[_MAP_BYTES] * maps, 12, 12, 8, 8, *[8] * (len(names) - maps + 1), *[4] * 6)
 
 
 class MoeShape(NamedTuple):
@@ -86,12 +99,14 @@ class MoeChoice(NamedTuple):
 # ---- kernels ----
 
 
-def shipped(arch: str = "sm_100a") -> list[MoeSpec]:
-    """Every kernel that multiplies and that the dispatch can choose on one architecture."""
+def shipped(arch: str = "sm_100a", gated: bool | None = None) -> list[MoeSpec]:
+    """Every kernel that multiplies and that the dispatch can choose on one architecture; of one operation if `gated` says."""
     found: dict[MoeSpec, None] = {}
-    for out in (torch.float16, torch.bfloat16):
-        for typical in _TYPICAL:
-            found |= dict.fromkeys(MoeSpec.of(c, out, arch) for c in moe_candidates(typical))
+    for own in (True, False) if gated is None else (gated,):
+        for out in (torch.float16, torch.bfloat16):
+            for typical in _TYPICAL:
+                problem = replace(typical, operation="grouped_dual_gemm" if own else "grouped_linear")
+                found |= dict.fromkeys(MoeSpec.of(c, out, arch) for c in moe_candidates(problem))
     return list(found)
 
 
@@ -115,20 +130,20 @@ def made_kernel(spec: MoeSpec | TileSpec, cubin: bytes, description: dict[str, A
     """The kernel of a cubin, as its builder described it."""
     if isinstance(spec, TileSpec):
         return Kernel(cubin, description, TILE_PARAMETERS)
-    return Kernel(cubin, description, [f"{size}s" for size in PARAMETERS], cluster=(spec.config.ctas, 1, 1))
+    return Kernel(cubin, description, [f"{size}s" for size in parameters_of(spec.config)], cluster=(spec.config.ctas, 1, 1))
 
 
-def available(out: torch.dtype, device: torch.device) -> bool:
-    """Whether any kernel for that output type and device is packaged or cached."""
+def available(out: torch.dtype, device: torch.device, gated: bool = True) -> bool:
+    """Whether any kernel for that output type, operation and device is packaged or cached."""
     arch = launch.architecture(device)
-    specs = [] if arch is None else [s for s in shipped(arch) if s == MoeSpec.of(s.config, out, arch)]
+    specs = [] if arch is None else [s for s in shipped(arch, gated) if s == MoeSpec.of(s.config, out, arch)]
     return any(_kernel(spec) is not None for spec in specs)
 
 
-def load(weight: NVFP4Tensor) -> None:
-    """Load every kernel onto the device of `weight`, so that no later call has to, nor a captured graph."""
+def load(weight: NVFP4Tensor, gated: bool = True) -> None:
+    """Load every kernel of an operation onto the device of `weight`, so that no later call has to, nor a captured graph."""
     arch = launch.architecture(weight.device) or ""
-    for spec in (*shipped(arch), *shipped_tiles(arch)):
+    for spec in (*shipped(arch, gated), *shipped_tiles(arch)):
         kernel = _kernel(spec)
         if kernel is not None:
             kernel.load(weight.codes.get_device())
@@ -167,7 +182,7 @@ def moe_parameters(
 ) -> list[bytes]:
     """Every parameter; the maps are encoded by the driver.
 
-    addresses  of `ADDRESSES`
+    addresses  of `addresses_of`
     flags      the kernel's (glu4.backends.blackwell.epilogue): IDENTITY, GATE_BIAS, UP_BIAS
     constants  alpha, beta and limit of the activation
     """
@@ -177,7 +192,7 @@ def moe_parameters(
     tiled = -(-most_tiles(rows, experts, config.tile_n) * config.tile_n // 128)
     c = config.grouped.mma
     maps: list[bytes] = []
-    for name in ("gate", "x", "up"):
+    for name in ("gate", "x", "up")[: 2 + config.gated]:
         i = int(name == "x")
         box = (c.tile_k, (c.tile_n if i else c.tile_m) // c.ctas)
         boxes = (256, *scale_box(c, i))
@@ -193,7 +208,9 @@ def moe_parameters(
             maps.append(_encode(_U16, addresses[f"scale_{name}"], dims, strides, (*boxes, 1), 16))
     extents = [struct.pack("=3i", n, k, experts), struct.pack("=3i", *atoms, experts)]
     extents += [struct.pack("=2i", rows, k), struct.pack("=2i", tiled, atoms[1])]
-    words = [addresses["table"], addresses["out"], stride, *(addresses[name] for name in ADDRESSES[8:])]
+    rest = addresses_of(config)[len(maps) :]  # the table and C come first
+    words = [addresses[name] for name in rest]
+    words.insert(2, stride)
     numbers = struct.pack("=ifffii", flags, *constants, n, k)
     return [
         _EMPTY, _EMPTY, *maps, *extents, *(struct.pack("=Q", w) for w in words),
@@ -211,15 +228,18 @@ class MoePlan:
         self._places: tuple[int, ...] = ()
 
     def launch(self, index: int, stream: int, addresses: Sequence[int]) -> None:
-        """One launch on device `index`; addresses: in the order of ADDRESSES."""
+        """One launch on device `index`; addresses: in the order of `addresses_of`."""
         try:
             frame = self._frames.pop()  # one operation of the interpreter: no two threads get the same
         except IndexError:
-            named = dict(zip(ADDRESSES, addresses, strict=True))
+            names = addresses_of(self._chosen.config)
+            named = dict(zip(names, addresses, strict=True))
             values = moe_parameters(self._chosen.config, self._shape, named, self._flags, self._constants)
             frame = _Frame(self._chosen, self._grid, values)  # type: ignore[arg-type] # of which it reads the kernel
             # a tensor map begins with its address; C's stride comes between C and the global scales
-            order = (*range(_MAPS, _MAPS + 6), _TABLE, _TABLE + 1, *range(_TABLE + 3, _TABLE + 8))
+            maps = names.index("table")
+            table = _MAPS + maps + _EXTENTS
+            order = (*range(_MAPS, _MAPS + maps), table, table + 1, *range(table + 3, table + 1 + len(names) - maps))
             self._places = tuple(frame.starts[p] // 8 for p in order)
         words = frame.words
         for place, address in zip(self._places, addresses, strict=True):
@@ -274,8 +294,8 @@ def submit(
     x: NVFP4Tensor,
     scale_x: Tensor,
     table: Tensor,
-    weights: tuple[NVFP4Tensor, NVFP4Tensor],
-    biases: tuple[Tensor | None, Tensor | None],
+    weights: tuple[NVFP4Tensor, ...],
+    biases: tuple[Tensor | None, ...],
     activation: Activation,
 ) -> None:
     """One launch in the device's current stream.
@@ -283,19 +303,18 @@ def submit(
     out      `[rows, N]`, elements of a row side by side; rows of no expert are left as they are
     x        `[rows, K]`, codes in rows as `with_aligned_rows` has them, of which the block scales are not read
     scale_x  of `moe_tokens.tiled_scales`; table: of `moe_tokens.tile_table`
-    weights  gate and up `[E, N, K]` as `launch.prepared` gives them, with a global scale of each expert `[E]`
-    biases   float32 `[E, N]`, dense, or None
+    weights  gate and up, or one, `[E, N, K]` as `launch.prepared` gives them, with a global scale of each expert `[E]`
+    biases   of each float32 `[E, N]`, dense, or None
     """
-    gate, up = weights
-    index, (rows, n), experts = out.get_device(), out.shape, gate.shape[0]
+    index, (rows, n), experts = out.get_device(), out.shape, weights[0].shape[0]
     shape = MoeShape(rows, experts, n, 2 * x.row_bytes, out.stride(0))
     scales = [x.global_scale.contiguous(), *(w.global_scale.expand(experts).contiguous() for w in weights)]
-    flags = launch.flags_of(activation, False, False, *biases)
+    flags = launch.flags_of(activation, False, False, *biases, *[None] * (2 - len(biases)))
     unread = scales[0].data_ptr()
+    gate, *up = ((w.codes.data_ptr(), w.block_scale.data_ptr()) for w in weights)
     addresses = (
-        gate.codes.data_ptr(), gate.block_scale.data_ptr(), x.codes.data_ptr(), scale_x.data_ptr(), up.codes.data_ptr(),
-        up.block_scale.data_ptr(), table.data_ptr(), out.data_ptr(), *(s.data_ptr() for s in scales),
-        *(unread if b is None else b.data_ptr() for b in biases),
+        *gate, x.codes.data_ptr(), scale_x.data_ptr(), *(a for pair in up for a in pair), table.data_ptr(), out.data_ptr(),
+        *(s.data_ptr() for s in scales), *(unread if b is None else b.data_ptr() for b in biases),
     )  # fmt: skip
     stream = _C._cuda_getCurrentRawStream(index)
     _plan(chosen, out.dtype, index, shape, flags, activation).launch(index, stream, addresses)
@@ -320,7 +339,7 @@ def grouped(
 ) -> None:
     """Fill the rows of `out [rows, N]` before the last offset from x `[rows, K]`, sorted by expert, with linear block scales.
 
-    weights  gate and up `[E, N, K]`; biases: `[E, N]`, or None
+    weights  gate and up, or one matrix, `[E, N, K]`; biases: of each `[E, N]`, or None
     offsets  int32 `[E + 1]`, which the host does not read
     config   insists on one kernel
 
@@ -335,6 +354,5 @@ def grouped(
         out.copy_(dense_out)
         return
     table, scale_x = tiled(chosen.tiler, chosen.config.tile_n, offsets, x.block_scale)
-    gate, up = (launch.prepared(w) for w in weights)
-    gate_bias, up_bias = (None if b is None else b.to(torch.float32).contiguous() for b in biases)
-    submit(chosen, out, _rows(x), scale_x, table, (gate, up), (gate_bias, up_bias), activation)
+    floats = tuple(None if b is None else b.to(torch.float32).contiguous() for b in biases)
+    submit(chosen, out, _rows(x), scale_x, table, tuple(launch.prepared(w) for w in weights), floats, activation)

@@ -40,7 +40,8 @@ class MoeSpec:
     @property
     def name(self) -> str:
         """As DESIGN has it: architecture, operation, operand types; then output type and configuration."""
-        return f"{self.arch.rstrip('a').replace('_', '')}_grouped_dual_gemm_w4a4_{self.out}_{self.config.name}"
+        operation = "grouped_dual_gemm" if self.config.gated else "grouped_linear"
+        return f"{self.arch.rstrip('a').replace('_', '')}_{operation}_w4a4_{self.out}_{self.config.name}"
 
     @property
     def key(self) -> str:
