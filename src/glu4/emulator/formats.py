@@ -147,10 +147,13 @@ def _widen(values: ArrayLike) -> Values:
         return np.asarray(values, dtype=np.float64)
 
 
-def bf16_bits(x: Values) -> NDArray[np.uint16]:
-    """float64 to uint16 codes, to nearest even, NaN to 0x7fff."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        near = x.astype(np.float32)
+def bf16_bits(x: Values | NDArray[np.float32]) -> NDArray[np.uint16]:
+    """float32 or float64 to uint16 codes, to nearest even, NaN to 0x7fff."""
+    if x.dtype == np.float32:
+        near = np.ascontiguousarray(x, np.float32)
+    else:
+        with np.errstate(over="ignore", invalid="ignore"):
+            near = x.astype(np.float32)
     if not some(near != x):  # nor a NaN among them
         bits = near.view(np.uint32)
         return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)

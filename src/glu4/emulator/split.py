@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from numpy.typing import NDArray
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from glu4.emulator.clocks import Clock
 from glu4.emulator.lanes import FULL_KEY, NONE, Mask, bits_of
@@ -93,6 +94,13 @@ class Split:
         self.mask = mask
         self.key = mask.tobytes()
         self.full = self.key == FULL_KEY
+
+    def put(self, target: NDArray[Any], values: ArrayLike) -> None:
+        """Write the active lanes of a register's row."""
+        if self.full:
+            target[...] = values  # a fifth of copyto's time
+        else:
+            np.copyto(target, values, where=self.mask)
 
     def run(self, budget: int) -> int:
         """Run up to `budget` instructions; returns how many were."""

@@ -68,7 +68,7 @@ def computed(context: Context, kinds: tuple[str, ...], function: Callable[..., A
         if w.full:
             target[...] = value
         else:
-            np.copyto(target, value.astype(target.dtype), where=w.mask)
+            w.put(target, value.astype(target.dtype))
 
     return step
 
@@ -134,8 +134,8 @@ def _carrying(context: Context, mods: Modifiers, name: str, takes: bool) -> Step
             total = half - one
             out = (x < y) | (half < one)
         if gives:
-            np.copyto(carry, out, where=w.mask)
-        np.copyto(r[destination], total, where=w.mask)
+            w.put(carry, out)
+        w.put(r[destination], total)
 
     return step
 
@@ -217,8 +217,8 @@ def _mad_carry(context: Context, mods: Modifiers, part: str, takes: bool) -> Ste
             out |= again < total
             total = again
         if gives:
-            np.copyto(carry, out, where=w.mask)
-        np.copyto(w.r[U][destination], total, where=w.mask)
+            w.put(carry, out)
+        w.put(w.r[U][destination], total)
 
     return step
 
@@ -346,7 +346,7 @@ def _mov(context: Context, mods: Modifiers) -> Step:
         if w.full:
             r[destination][...] = r[source]
         else:
-            np.copyto(r[destination], r[source], where=w.mask)
+            w.put(r[destination], r[source])
 
     return step
 
@@ -360,7 +360,7 @@ def _read_clock(context: Context, kind: str) -> Step:
     def step(w: Split) -> None:
         row = w.r[U][destination]
         now = w.warp.cta.machine.now()
-        np.copyto(row, np.array(now >> 32 if high else now & (1 << row.itemsize * 8) - 1, dtype=row.dtype), where=w.mask)
+        w.put(row, np.array(now >> 32 if high else now & (1 << row.itemsize * 8) - 1, dtype=row.dtype))
 
     return step
 
@@ -384,7 +384,7 @@ def _pack(context: Context, kind: str, d: Any, a: Vector) -> Step:
         if kind == "b128":
             target[w.mask] = packed.view(np.uint64)[w.mask]
         else:
-            np.copyto(target, packed.view(target.dtype)[:, 0], where=w.mask)
+            w.put(target, packed.view(target.dtype)[:, 0])
 
     return step
 
@@ -400,7 +400,7 @@ def _unpack(context: Context, kind: str, d: Vector, a: Any) -> Step:
         parts = np.ascontiguousarray(r[source]).view(dtype).reshape(32, -1).copy()
         for k, row in enumerate(rows):
             if row is not None:
-                np.copyto(r[row], parts[:, k], where=w.mask)
+                w.put(r[row], parts[:, k])
 
     return step
 
@@ -415,7 +415,7 @@ def _selp(context: Context, mods: Modifiers) -> Step:
 
     def step(w: Split) -> None:
         r = w.r[U]
-        np.copyto(r[destination], np.where(r[predicate], r[first], r[second]), where=w.mask)
+        w.put(r[destination], np.where(r[predicate], r[first], r[second]))
 
     return step
 
@@ -436,7 +436,7 @@ def _slct(context: Context, mods: Modifiers) -> Step:
         values = w.r[view][source]
         if ftz:
             values = np.where(np.abs(values) < 2.0**-126, 0, values)
-        np.copyto(r[destination], np.where(values >= 0, r[first], r[second]), where=w.mask)
+        w.put(r[destination], np.where(values >= 0, r[first], r[second]))
 
     return step
 

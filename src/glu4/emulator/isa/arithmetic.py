@@ -82,12 +82,12 @@ def _writer(kind: str) -> Callable[[Split, int, Array], None]:
 
     def write(w: Split, row: int, values: Array) -> None:
         if word is not None:
-            codes: Array = np.ascontiguousarray(values).view(word)
+            codes: Array = values.view(word) if values.flags.c_contiguous else np.ascontiguousarray(values).view(word)
         else:
             codes = one(values)
             if kind.endswith("x2"):
                 codes = codes.view(np.uint32)
-        np.copyto(w.r[U][row], codes, where=w.mask)
+        w.put(w.r[U][row], codes)
 
     return write
 
@@ -118,6 +118,8 @@ def _elementwise(
 
     def finish(x: Array) -> Array:
         if half:
+            if not (ftz or relu or sat):
+                return x  # which is rounded as it is written
             exact, x = x, _round_half(x, kind)
             if ftz:
                 x = _half_flush(x, kind)
@@ -367,7 +369,7 @@ def _sign_bits(name: str) -> Builder:
             nan = magnitude > infinity
             if nan.any():
                 result = np.where(nan, values | quiet if kind == "f64" else ~sign, result)
-            np.copyto(w.r[U][destination], result.view(row.dtype), where=w.mask)
+            w.put(w.r[U][destination], result.view(row.dtype))
 
         return step
 
@@ -382,7 +384,7 @@ def _copysign(context: Context, mods: Modifiers) -> Step:
 
     def step(w: Split) -> None:
         r = w.r[U]
-        np.copyto(r[destination], (r[other] & ~sign) | (r[source] & sign), where=w.mask)
+        w.put(r[destination], (r[other] & ~sign) | (r[source] & sign))
 
     return step
 
@@ -402,7 +404,7 @@ def _testp(context: Context, mods: Modifiers) -> Step:
         "subnormal": lambda x: (np.abs(x) < least) & (x != 0),
     }
     function = tests[test]
-    return lambda w: np.copyto(w.r[U][destination], function(w.r[F][source]), where=w.mask)
+    return lambda w: w.put(w.r[U][destination], function(w.r[F][source]))
 
 
 # division, roots and approximations
@@ -463,7 +465,7 @@ def _gross(context: Context, function: Callable[[Array], Array]) -> Step:
     def step(w: Split) -> None:
         value = flat(function(flat((w.r[U][source] & upper).view(np.float64))))
         bits = np.where(np.isnan(value), np.uint64(0x7FFFFFFF00000000), value.view(np.uint64) & upper)
-        np.copyto(w.r[U][destination], bits, where=w.mask)
+        w.put(w.r[U][destination], bits)
 
     return step
 

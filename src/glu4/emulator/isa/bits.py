@@ -31,7 +31,7 @@ def _logic(ufunc: Any) -> Builder:
 
             def flipped(w: Any) -> None:
                 r = w.r[U]
-                np.copyto(r[d], ufunc(r[a] ^ flips[0], r[b] ^ flips[1]), where=w.mask)
+                w.put(r[d], ufunc(r[a] ^ flips[0], r[b] ^ flips[1]))
 
             return flipped
 
@@ -85,10 +85,10 @@ def _lop3(context: Context, mods: Modifiers) -> Step:
     def step(w: Any) -> None:
         r = w.r[U]
         result = function(r[a], r[b], r[c])
-        np.copyto(r[d], result, where=w.mask)
+        w.put(r[d], result)
         if p is not None:
             other = r[extra[0]] ^ extra[1]
-            np.copyto(r[p], (result != 0) | other if boolean == "or" else (result != 0) & other, where=w.mask)
+            w.put(r[p], (result != 0) | other if boolean == "or" else (result != 0) & other)
 
     return step
 
@@ -138,7 +138,7 @@ def _shift(left: bool) -> Builder:
                 over = count > limit
                 if over.any():
                     result[over] = 0
-            np.copyto(r[destination], result, where=w.mask)
+            w.put(r[destination], result)
 
         return step
 

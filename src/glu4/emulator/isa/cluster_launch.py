@@ -110,7 +110,7 @@ def _query(context: Context, mods: Modifiers) -> Step:
         taken = _check(w, context, words)
         xyz = (words[:, 0], words[:, 1] & np.uint32(0xFFFF), words[:, 1] >> np.uint32(16))
         for row, value in zip(rows, xyz if whole else (xyz[axis[word]],)):
-            np.copyto(w.r[U][row], np.where(taken, value, np.uint32(_UNDEFINED)), where=w.mask)
+            w.put(w.r[U][row], np.where(taken, value, np.uint32(_UNDEFINED)))
 
     return step
 
@@ -123,7 +123,7 @@ def _is_canceled(context: Context) -> Step:
         taken = _check(w, context, w.r[U][source].view(np.uint32))
         if not taken[w.mask].all():
             w.warp.cta.extra[_REFUSED] = True
-        np.copyto(w.r[U][predicate], taken, where=w.mask)
+        w.put(w.r[U][predicate], taken)
 
     return step
 

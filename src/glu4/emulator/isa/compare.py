@@ -106,7 +106,7 @@ def _setp(context: Context, mods: Modifiers) -> Step:
         values = [(row, v if boolean is None else boolean(v, third)) for row, v in pairs]
         for row, value in values:
             if row is not None:
-                np.copyto(r[row], value, where=w.mask)
+                w.put(r[row], value)
 
     return step
 
@@ -119,7 +119,7 @@ def _simple(kind: str, function: Function, destination: int, a: int, b: int) -> 
         if w.full:
             w.r[U][destination][...] = function(r[a], r[b])
         else:
-            np.copyto(w.r[U][destination], function(r[a], r[b]), where=w.mask)
+            w.put(w.r[U][destination], function(r[a], r[b]))
 
     return step
 
@@ -154,7 +154,7 @@ def _set(context: Context, mods: Modifiers) -> Step:
             words = np.where(results[0], half, 0) | (np.where(results[1], half, 0) << 16)
         else:
             words = np.where(results[0], one & ((1 << 8 * row.itemsize) - 1), 0)
-        np.copyto(row, words.astype(row.dtype), where=w.mask)
+        w.put(row, words.astype(row.dtype))
 
     return step
 

@@ -80,12 +80,12 @@ def _scalar(context: Context, to: str, kind: str, function: Callable[[Any], Arra
         value = function(read(w, source))
         if view == F:
             value = np.ascontiguousarray(value).view(np.uint32 if to == "f32" else np.uint64)
-            np.copyto(w.r[U][destination], value, where=w.mask)
+            w.put(w.r[U][destination], value)
             return
         if narrow is not None:
             value = value.astype(narrow)
         target = w.r[view][destination]
-        np.copyto(target, value.astype(target.dtype), where=w.mask)
+        w.put(target, value.astype(target.dtype))
 
     return step
 
@@ -208,7 +208,7 @@ def _floats(context: Context, mods: Modifiers, to: str, kind: str, rounding: str
             half = x.astype(np.float16)
             return np.where(np.isnan(half), np.uint16(0x7FFF), half.view(np.uint16))
         if direct:
-            return bf16_bits(x.astype(np.float64))
+            return bf16_bits(x)
         y = x.astype(np.float64)
         return encode(to, saturate(y) if sat else y, mode)  # type: ignore[arg-type]
 
@@ -265,7 +265,7 @@ def _packed(context: Context, mods: Modifiers, to: str, kind: str, rounding: str
     operands = context.operands(1 + sources)
     d = context.destination(operands[0], _CARRIER.get(to, "b16"))
     rows = [context.source(o, _CARRIER.get(kind, "f32" if kind == "f32" else "b16")) for o in operands[1:]]
-    fast: Any = {"f16": _fast_f16, "bf16": lambda x: bf16_bits(x.astype(np.float64))}.get(target)
+    fast: Any = {"f16": _fast_f16, "bf16": bf16_bits}.get(target)
     if kind != "f32" or rounding != "rn" or relu or satfinite:
         fast = None
 
@@ -279,7 +279,7 @@ def _packed(context: Context, mods: Modifiers, to: str, kind: str, rounding: str
         else:
             word = convert_packed(to[:-2], [w.r[U][rows[0]]], rounding, source=_PACKED[kind], satfinite=satfinite, relu=relu)  # type: ignore[arg-type]
         target_row = w.r[U][d]
-        np.copyto(target_row, word.astype(target_row.dtype), where=w.mask)
+        w.put(target_row, word.astype(target_row.dtype))
 
     return step
 
@@ -311,7 +311,7 @@ def _cvt_pack(context: Context, mods: Modifiers) -> Step:
         word = (upper << bits) | lower
         if c is not None:
             word |= w.r[U][c].astype(np.int64) << 2 * bits
-        np.copyto(w.r[U][d], (word & 0xFFFFFFFF).astype(np.uint32), where=w.mask)
+        w.put(w.r[U][d], (word & 0xFFFFFFFF).astype(np.uint32))
 
     return step
 

@@ -132,7 +132,7 @@ def _matrix(load: bool) -> Builder:
             view = block.data[: block.size // 16 * 16].reshape(-1, 16)
             if load:
                 for register, word in zip(registers, _loaded(form, view[index])):
-                    np.copyto(w.r[U][register], word, where=w.mask)
+                    w.put(w.r[U][register], word)
             else:
                 view[index] = _stored(form, np.stack([w.r[U][register] for register in registers]))
                 w.warp.cta.machine.progress += 1
@@ -158,7 +158,7 @@ def _movmatrix(context: Context, mods: Modifiers) -> Step:
     def step(w: Split) -> None:
         aligned(w, context)
         matrix = w.r[U][source].view(np.uint16).reshape(8, 8)
-        np.copyto(w.r[U][destination], np.ascontiguousarray(matrix.T).view(np.uint32).ravel(), where=w.mask)
+        w.put(w.r[U][destination], np.ascontiguousarray(matrix.T).view(np.uint32).ravel())
 
     return step
 

@@ -397,7 +397,7 @@ def _pending_count(context: Context, mods: Modifiers) -> Step:
     destination, source = context.destination(d, "u32"), context.source(a, "b64")
 
     def step(w: Split) -> None:
-        np.copyto(w.r[U][destination], (w.r[U][source] & np.uint64(_MAX_COUNT)).astype(np.uint32), where=w.mask)
+        w.put(w.r[U][destination], (w.r[U][source] & np.uint64(_MAX_COUNT)).astype(np.uint32))
 
     return step
 

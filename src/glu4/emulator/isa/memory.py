@@ -356,7 +356,7 @@ def _isspacep(context: Context, mods: Modifiers) -> Step:
             result = (values >= low) & (values < low + WINDOW)
         if space in ("shared", "shared::cta"):
             result &= ((values - SHARED_BASE) >> 24) == w.warp.cta.rank
-        np.copyto(w.r[U][destination], result, where=w.mask)
+        w.put(w.r[U][destination], result)
 
     return step
 
@@ -375,7 +375,7 @@ def _mapa(context: Context, mods: Modifiers) -> Step:
         # an address in no CTA, which is reported where it is used: compilers map for all lanes what some then use
         ranks = np.where(ranks < len(cta.cluster.ctas), ranks, 0xFF)
         values = w.r[S][source].astype(np.int64)
-        np.copyto(w.r[U][destination], ((values & ~0xFF000000) | (ranks << 24)).astype(w.r[U][destination].dtype), where=w.mask)
+        w.put(w.r[U][destination], ((values & ~0xFF000000) | (ranks << 24)).astype(w.r[U][destination].dtype))
 
     return step
 
@@ -389,7 +389,7 @@ def _getctarank(context: Context, mods: Modifiers) -> Step:
         raise context.error("32-bit generic addresses are not modelled")
 
     def step(w: Split) -> None:
-        np.copyto(w.r[U][destination], ((w.r[S][source] >> 24) & 0xFF).astype(np.uint32), where=w.mask)
+        w.put(w.r[U][destination], ((w.r[S][source] >> 24) & 0xFF).astype(np.uint32))
 
     return step
 
@@ -423,7 +423,7 @@ def _createpolicy(context: Context, mods: Modifiers) -> Step:
     while mods.words and mods.words[0] in words:
         mods.words.pop(0)
     destination = context.destination(context.operands(1, 4)[0], "b64")
-    return lambda w: np.copyto(w.r[U][destination], np.uint64(0x12F0000000000000), where=w.mask)
+    return lambda w: w.put(w.r[U][destination], np.uint64(0x12F0000000000000))
 
 
 INSTRUCTIONS: dict[str, Builder] = {

@@ -78,7 +78,7 @@ def _mma(context: Context, mods: Modifiers) -> Step:
         new = multiply(left, right, old, d_type, saturate=saturate)[d_part.rows, d_part.columns]
         results = np.ascontiguousarray(new).view(np.uint32).reshape(32, -1)
         for i, row in enumerate(d):
-            np.copyto(w.r[U][row], results[:, i], where=w.mask)
+            w.put(w.r[U][row], results[:, i])
 
     return step
 
@@ -130,7 +130,7 @@ def _four(context: Context, mods: Modifiers) -> Step:
         new = np.stack([multiply(x, y, z, d_type) for x, y, z in zip(left, right, old)])[d_part]
         results = np.ascontiguousarray(new).view(np.uint32).reshape(32, -1)
         for i, row in enumerate(d):
-            np.copyto(w.r[U][row], results[:, i], where=w.mask)
+            w.put(w.r[U][row], results[:, i])
 
     return step
 

@@ -65,8 +65,8 @@ def fma_to_f32(a: Array, b: Array, c: Array) -> Array:
     product, wide = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
     total = product + wide
     # rounding twice differs only where the first result lies halfway between two float32, or may do so among subnormal ones
-    halfway = (total.view(np.int64) & 0x1FFFFFFF) == 0x10000000
-    if some(halfway | ((np.abs(total) < LEAST32) & (total != 0.0))):
+    small = np.abs(total) < LEAST32
+    if some((total.view(np.int64) & 0x1FFFFFFF) == 0x10000000) or (some(small) and some(small & (total != 0.0))):
         total = add_exact(product, wide)
     return total.astype(np.float32)
 

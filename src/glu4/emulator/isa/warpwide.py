@@ -78,7 +78,7 @@ def _run_merged(w: Split, waiting: list[Split], union: NDArray[Any], body: Any) 
 
 def _put(w: Split, row: int, values: Any) -> None:
     target = w.r[U][row]
-    np.copyto(target, np.asarray(values).astype(target.dtype), where=w.mask)
+    w.put(target, np.asarray(values).astype(target.dtype))
 
 
 def _shfl(context: Context, mods: Modifiers) -> Step:
