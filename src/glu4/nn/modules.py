@@ -143,12 +143,15 @@ class _Prepared(_ExactBuffers, Generic[W]):
             self._ready = made.prepare(made.device)
         return self._ready
 
+    def _takes_form(self, device: torch.device) -> bool:
+        """Whether a kernel on `device` wants the weights in a form of its own."""
+        stacked = self._matrices()[0].codes.ndim == 3
+        return dispatch.packs(device, self.dual, stacked=stacked) or dispatch.arranges(device, self.dual)
+
     def _prepare_again(self) -> None:
         """Prepare now where a kernel wants that: a graph that torch.compile traces before the first call could not."""
         self._ready = None
-        codes = self._matrices()[0].codes
-        device, dual = codes.device, self.dual
-        if dispatch.packs(device, dual, stacked=codes.ndim == 3) or dispatch.arranges(device, dual):
+        if self._takes_form(self._matrices()[0].codes.device):
             with suppress(ValueError):  # memory not filled yet, or damaged weights: the next call says which
                 self._current()
 
@@ -300,7 +303,7 @@ class NVFP4Linear(_Prepared[LinearWeight]):
 
 
 def free_originals(model: nn.Module) -> int:
-    """Let every GatedMLP, GatedExperts and NVFP4Linear of `model` keep its packed form alone, which halves what its weights
+    """Let every GatedMLP, NVFP4Linear and stack of experts of `model` keep its packed form alone, which halves what its weights
     take on a Hopper GPU; returns how many do. For inference: what needs NVFP4 again (state_dict, load_state_dict, moves,
     copies, saving) unpacks it, and both forms are held from then on.
 
