@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--format", choices=list(WAYS), help="one activation format")
     options = parser.parse_args()
     if options.compile:
-        store.compile_missing(shipped_grouped(), options.compile, on_done=lambda name: print(name, flush=True))
+        store.compile_missing(shipped_grouped(dual=True), options.compile, on_done=lambda name: print(name, flush=True))
         return
     rows: list[dict[str, Any]] = []
     formats = [f for f in WAYS if options.format in (None, f)]

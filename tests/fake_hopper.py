@@ -339,12 +339,13 @@ def run_grouped(launched: Launch) -> None:
     target = memory(out, (rows, n), (out_row, 1), dtype)
     for e in range(experts):
         first, end = bounds[e], bounds[e + 1]
-        both = unpack_gated(packed[e], n, k, one, one)
+        both = unpack_gated(packed[e], n, k, one, one) if spec.dual else (unpack_matrix(packed[e], n, k, one),) * 2
         biases = [memory(b, (experts, n), (n, 1), torch.float32)[e].double() if flags & f else 0.0
                   for b, f in ((gate_bias, 2), (up_bias, 4))]  # fmt: skip
         gate, up = (tokens[first:end] @ w.decode(torch.float64).t() * (factor * s[e]) + b
                     for w, s, b in zip(both, scales, biases, strict=True))  # fmt: skip
-        target[first:end] = reference.round_once(activation(gate, up), dtype)
+        assert spec.dual or torch.equal(gate, up)
+        target[first:end] = reference.round_once(activation(gate, up) if spec.dual else gate, dtype)
 
 
 def description(spec: Spec, pdl: bool = True) -> dict[str, Any]:

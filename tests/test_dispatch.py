@@ -18,10 +18,11 @@ from glu4 import (
     UnsupportedError,
     dual_gemm,
     explain,
+    grouped_linear,
     linear,
     quantize,
 )
-from glu4.backends.hopper.spec import DecodeSpec, KernelSpec, Spec, shipped, shipped_grouped
+from glu4.backends.hopper.spec import DecodeSpec, GroupedSpec, KernelSpec, Spec, shipped, shipped_grouped
 from glu4.compiled import store
 from operands import full_range
 
@@ -62,7 +63,11 @@ def test_explain_on_a_hopper_gpu(bare: FakeCuda, monkeypatch: pytest.MonkeyPatch
         assert explain(problem, "cpu").chosen == "hopper"
         assert explain(GroupedProblem(1, 2, 8, 16), "cpu").chosen == "hopper"
         linear_problem = GroupedProblem(1, 2, 8, 16, operation="grouped_linear")
-        assert "hopper: no, grouped_linear: the grouped Hopper kernel takes gate and up" in str(explain(linear_problem, "cpu"))
+        assert explain(linear_problem, "cpu").chosen == "hopper"
+        assert "hopper: yes, weights packed by prepare, decoded in registers; executed in emulation only so far" in str(
+            explain(linear_problem, "cpu")
+        )
+        assert "emulation" not in str(explain(GroupedProblem(1, 2, 8, 16), "cpu")).splitlines()[1]
         many = explain(GroupedProblem(1, 513, 8, 16), "cpu")
         assert many.chosen == "portable"
         assert "513 experts: the kernel's schedule holds up to" in str(many)
@@ -118,7 +123,15 @@ def test_kernels_are_compiled_at_first_use_where_that_is_possible(
     before = len(made)
     dual_gemm(quantize(torch.ones(1, 16)), w)
     assert len(made) == before
-    assert [type(e.spec) for e in bare.launches] == [KernelSpec, KernelSpec, DecodeSpec, KernelSpec]
+    # of a mixture of experts, one operation at a time too
+    offsets = torch.tensor([0, 1], dtype=torch.int32)
+    stack = LinearWeight(full_range(1, 1, 8, 16))
+    grouped_linear(torch.ones(1, 16).half(), stack, offsets)
+    assert stack.packed is not None
+    ones = [s.name for s in shipped_grouped(dual=False)]
+    assert made[before:] == ones
+    assert f"glu4: compiling {len(ones)} grouped_linear kernels, once" in capsys.readouterr().err
+    assert [type(e.spec) for e in bare.launches] == [KernelSpec, KernelSpec, DecodeSpec, KernelSpec, GroupedSpec]
 
 
 def test_compiling_that_fails_is_tried_once_and_told(bare: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -218,8 +218,33 @@ def test_grouped_dual_gemm_runs_the_kernel(cuda: FakeBlackwell) -> None:
 
 def test_experts_are_loaded_by_prepare(cuda: FakeBlackwell) -> None:
     pair(2, 72, 48).prepare("cpu")
-    loaded = len(launch.shipped(True)) + len(moe_launch.shipped()) + len(moe_launch.shipped_tiles())
+    loaded = len(launch.shipped(True)) + len(moe_launch.shipped(gated=True)) + len(moe_launch.shipped_tiles())
     assert cuda.calls.count("cuLibraryLoadData") == loaded, "every kernel is loaded, for CUDA graphs"
+
+
+def test_grouped_linear_runs_the_kernel(cuda: FakeBlackwell) -> None:
+    """Prepared or not, with a bias or without; float32 output is the portable backend's."""
+    stack, x, offsets = full_range(2, 4, 72, 48), full_range(3, 40, 48), torch.tensor([0, 3, 3, 30, 37], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(7)
+    bias = torch.randn(4, 72, generator=generator)
+    for given in (None, bias):
+        want = torch.full((40, 72), 7.0, dtype=F16)
+        for e, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+            own = None if given is None else given[e]
+            want[begin:end] = reference.linear(x.narrow_rows(begin, end - begin), stack[e], bias=own, out_dtype=F16)
+        for weight in (LinearWeight(stack), LinearWeight(stack).prepare("cpu")):
+            out = torch.full((40, 72), 7.0, dtype=F16)
+            assert grouped_linear(x, weight, offsets, bias=given, out=out) is out
+            assert torch.equal(out, want)
+    assert [made.spec.config.gated for made in cuda.made if isinstance(made.spec, MoeSpec)] == [False] * 4
+    assert "grouped_linear" in {made.spec.name.split("_w4a4")[0][6:] for made in cuda.made if isinstance(made.spec, MoeSpec)}
+    with pytest.warns(UserWarning, match=r"packed again at every call"):
+        again = grouped_linear(x, full_range(2, 4, 72, 48), offsets, out_dtype=F16)
+    there = slice(0, 37)
+    assert torch.equal(again[there], grouped_linear(x, LinearWeight(stack).prepare("cpu"), offsets, out_dtype=F16)[there])
+    count = len(cuda.made)
+    grouped_linear(x, LinearWeight(stack), offsets, out_dtype=torch.float32)
+    assert len(cuda.made) == count
 
 
 def test_experts_that_were_not_prepared(cuda: FakeBlackwell) -> None:
@@ -278,7 +303,6 @@ def test_explain(cuda: FakeBlackwell) -> None:
     assert grouped.chosen == "blackwell"
     assert "blackwell: yes, block-scaled tensor cores" in str(grouped)
     for fields, why in (
-        ({"operation": "grouped_linear"}, "grouped_linear: the kernel for mixtures of experts multiplies by gate and up"),
         ({"x_format": "bfloat16"}, "bfloat16 activations: the block-scaled MMA takes 4-bit operands on both sides"),
         ({"out_dtype": torch.float32}, "float32 output: the kernel writes float16 or bfloat16"),
     ):
@@ -295,8 +319,8 @@ def test_float_tokens_fall_to_the_portable_backend(cuda: FakeBlackwell) -> None:
     stack, offsets = pair(2, 72, 96).prepare("cpu"), torch.tensor([0, 2, 5], dtype=torch.int32)
     got = grouped_dual_gemm(x, stack, offsets)
     assert torch.equal(got, grouped_dual_gemm(x, stack, offsets, backend="portable"))
-    y = grouped_linear(full_range(3, 5, 96), stack.gate, offsets, out_dtype=F16)
-    assert y.shape == (5, 72)
+    one = grouped_linear(x, LinearWeight(stack.gate), offsets)
+    assert torch.equal(one, grouped_linear(x, LinearWeight(stack.gate), offsets, backend="portable"))
     assert not cuda.made
 
 
@@ -361,7 +385,7 @@ def test_kernels_are_compiled_at_first_use_where_that_is_possible(
         assert "not compiled yet; the first call compiles them" in str(explain(GroupedProblem(5, 2, 8, 32), "cpu"))
         offsets = torch.tensor([0, 3, 5], dtype=torch.int32)
         grouped_dual_gemm(x, pair(2, 8, 32), offsets, out_dtype=F16, backend="blackwell")
-        assert made == [*moe_launch.shipped(arch), *moe_launch.shipped_tiles(arch)]
+        assert made == [*moe_launch.shipped(arch, True), *moe_launch.shipped_tiles(arch)]
         told = f"compiling {len(made)} grouped_dual_gemm kernels, once (glu4 compile --arch {arch} does it"
         assert told in capsys.readouterr().err
 

@@ -76,7 +76,7 @@ def test_opcheck(quantized: bool) -> None:
             torch.ops.glu4.grouped_dual_gemm,
             (out, xs, parts(stacked.gate), parts(stacked.up), None, OFFSETS, None, None, *SILU_ARGS[:2], True, "portable"),
         ),
-        (torch.ops.glu4.grouped_linear, (out, xs, parts(stacked.up), OFFSETS, torch.randn(3, 24), False, "portable")),
+        (torch.ops.glu4.grouped_linear, (out, xs, parts(stacked.up), None, OFFSETS, torch.randn(3, 24), False, "portable")),
     ]
     for op, args in calls:
         results = torch.library.opcheck(op, args)

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fake_hopper import FakeCuda, fake_hopper
-from glu4 import GatedWeights, LinearWeight, NVFP4Tensor, dual_gemm, linear, quantize
+from glu4 import GatedWeights, LinearWeight, NVFP4Tensor, dual_gemm, grouped_linear, linear, quantize, reference
 from glu4.backends.hopper.pack import pack_gated, pack_matrix
 from glu4.nvfp4 import BLOCK, _unchecked, unpack_codes
 from glu4.weights import pack, unpack
@@ -248,11 +248,22 @@ def test_stacks_are_packed_too(hopper: FakeCuda) -> None:
     assert prepared.gate.shape == (3, 40, 80)
 
 
-def test_a_stack_of_one_matrix_is_packed_by_its_first_use(hopper: FakeCuda) -> None:
-    w = LinearWeight(weights(3, 40, 80).gate).prepare("cpu", free_original=True)
-    assert w.packed is None
-    linear(torch.randn(3, 5, 80).half(), w)
+@pytest.mark.parametrize("n", [40, 1088])  # one tile, cut short; more rows than are packed at once
+def test_stacks_of_one_matrix_are_packed_too(hopper: FakeCuda, n: int) -> None:
+    """One packed form serves linear and grouped_linear, each matrix packed as one alone, and unpacks to the same values."""
+    matrix, x, offsets = full_range(5, 3, n, 80), torch.randn(3, 5, 80).half(), torch.tensor([0, 5, 10, 15], dtype=torch.int32)
+    w = LinearWeight(matrix).prepare("cpu", free_original=True)
     assert w.packed is not None
+    assert w.matrices is None
+    assert w.nbytes == w.packed.untyped_storage().nbytes() + 3 * 4
+    for e in range(3):
+        assert torch.equal(w.packed[e], pack_matrix(matrix[e]))
+    assert_same_values((w.matrix,), (matrix,))
+    want = reference.linear(x, matrix, out_dtype=torch.float16)
+    for made in (w, copy.deepcopy(w), pickle.loads(pickle.dumps(w)), LinearWeight(matrix)):
+        assert torch.equal(linear(x, made), want)
+        assert torch.equal(grouped_linear(x.flatten(0, 1), made, offsets), want.flatten(0, 1))
+        assert made.packed is not None
 
 
 def test_weights_cannot_be_replaced_beside_what_is_packed() -> None:

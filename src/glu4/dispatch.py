@@ -63,6 +63,7 @@ def _describe(device: torch.device) -> str:
 _SLOW = "this is a {} GPU, but the portable backend runs on it, many times slower: "
 _NOT_COMPILED = "its kernels are not compiled here; run glu4 compile"
 _BLACKWELL = "block-scaled tensor cores, weights as prepare arranges them; executed in emulation only so far"
+_HOPPER = "weights packed by prepare, decoded in registers"
 _TO_COMPILE = "its kernels are not compiled yet; the first call compiles them"
 
 
@@ -94,11 +95,11 @@ def _provide(dual: bool, x: str | torch.dtype, out: torch.dtype) -> str | None:
 
 
 @cache
-def _provide_grouped(x: str | torch.dtype, out: torch.dtype) -> str | None:
+def _provide_grouped(dual: bool, x: str | torch.dtype, out: torch.dtype) -> str | None:
     """As `_provide`, of the kernels for mixtures of experts."""
-    if grouped_launch.available(x, out):
+    if grouped_launch.available(dual, x, out):
         return None
-    return _compile_grouped() or (None if grouped_launch.available(x, out) else _NOT_COMPILED)
+    return _compile_grouped(dual) or (None if grouped_launch.available(dual, x, out) else _NOT_COMPILED)
 
 
 @cache
@@ -110,11 +111,11 @@ def _provide_blackwell(dual: bool, out: torch.dtype, arch: str, device: torch.de
 
 
 @cache
-def _provide_blackwell_grouped(out: torch.dtype, arch: str, device: torch.device) -> str | None:
+def _provide_blackwell_grouped(dual: bool, out: torch.dtype, arch: str, device: torch.device) -> str | None:
     """As `_provide_blackwell`, of the kernels for mixtures of experts."""
-    if moe_launch.available(out, device):
+    if moe_launch.available(out, device, dual):
         return None
-    return _compile_grouped(arch) or (None if moe_launch.available(out, device) else _not_compiled(arch))
+    return _compile_grouped(dual, arch) or (None if moe_launch.available(out, device, dual) else _not_compiled(arch))
 
 
 def _not_compiled(arch: str = "") -> str:
@@ -134,14 +135,14 @@ def _compile(dual: bool, arch: str = "") -> str | None:
 
 
 @cache
-def _compile_grouped(arch: str = "") -> str | None:
+def _compile_grouped(dual: bool, arch: str = "") -> str | None:
     """As `_compile`, of the kernels for mixtures of experts."""
     if not _can_compile():
         return _not_compiled(arch)
-    specs: Sequence[store.Spec] = shipped_grouped()
+    specs: Sequence[store.Spec] = shipped_grouped(dual)
     if arch:
-        specs = [*moe_launch.shipped(arch), *moe_launch.shipped_tiles(arch)]
-    return _compile_all(specs, "grouped_dual_gemm", arch)
+        specs = [*moe_launch.shipped(arch, dual), *moe_launch.shipped_tiles(arch)]
+    return _compile_all(specs, "grouped_dual_gemm" if dual else "grouped_linear", arch)
 
 
 def _compile_all(specs: Sequence[store.Spec], operation: str, arch: str) -> str | None:
@@ -199,46 +200,50 @@ def explain(problem: Problem | GroupedProblem, device: torch.device | str = "cpu
     if other is None and not _compiled_blackwell(problem, device):
         other = _TO_COMPILE if _can_compile() else _not_compiled(blackwell.architecture(device) or "")
     candidates = (
-        Candidate("hopper", refusal is None, refusal or "weights packed by prepare, decoded in registers"),
+        Candidate("hopper", refusal is None, refusal or _HOPPER + _hopper_caveat(problem)),
         Candidate("blackwell", other is None, other or _BLACKWELL),
         Candidate("portable", True, _portable_reason(problem, device)),
     )
     return Explanation(problem, _describe(device), candidates)
 
 
+def _hopper_caveat(problem: Problem | GroupedProblem) -> str:
+    """What a user should know of a Hopper kernel that no GPU has run yet."""
+    return "; executed in emulation only so far" if problem.operation == "grouped_linear" else ""
+
+
 def _compiled(problem: Problem | GroupedProblem) -> bool:
     """Whether a Hopper kernel for it is packaged or cached."""
     dual, x, out = _kind(problem)
-    return grouped_launch.available(x, out) if isinstance(problem, GroupedProblem) else hopper.available(dual, x, out)
+    grouped = isinstance(problem, GroupedProblem)
+    return grouped_launch.available(dual, x, out) if grouped else hopper.available(dual, x, out)
 
 
 def _compiled_blackwell(problem: Problem | GroupedProblem, device: torch.device) -> bool:
     """Whether a Blackwell kernel for it is packaged or cached."""
     if isinstance(problem, GroupedProblem):
-        return moe_launch.available(problem.out_dtype, device)
+        return moe_launch.available(problem.out_dtype, device, problem.weight_matrices == 2)
     return blackwell.available(problem.operation == "dual_gemm", problem.out_dtype, device)
 
 
 def _kind(problem: Problem | GroupedProblem) -> tuple[bool, str | torch.dtype, torch.dtype]:
     """What decides which kernels there have to be: whether there are two matrices, x's format, the output's type."""
     x = "nvfp4" if problem.x_format == "nvfp4" else getattr(torch, problem.x_format)
-    return problem.operation == "dual_gemm", x, problem.out_dtype
+    return problem.weight_matrices == 2, x, problem.out_dtype
 
 
 def arranges(device: torch.device, dual: bool, stacked: bool = False) -> bool:
     """Whether weights on `device` are to be in Blackwell's form, which every backend reads: it is such a GPU. Where kernels are
     missing and can be compiled, they are compiled now.
 
-    stacked  `[E, N, K]`: of gate and up the kernels of mixtures of experts are meant
+    stacked  `[E, N, K]`: the kernels of mixtures of experts are meant
     """
     arch = blackwell.architecture(device)
     if arch is None:
         return False
     types = (torch.bfloat16, torch.float16)
-    if stacked and dual:
-        reasons = [_provide_blackwell_grouped(t, arch, device) for t in types]
-    else:
-        reasons = [_provide_blackwell(dual, t, arch, device) for t in types]
+    provide = _provide_blackwell_grouped if stacked else _provide_blackwell
+    reasons = [provide(dual, t, arch, device) for t in types]
     if all(reasons):
         warn_once(_SLOW.format("Blackwell") + str(reasons[0]))
     return True
@@ -247,12 +252,12 @@ def arranges(device: torch.device, dual: bool, stacked: bool = False) -> bool:
 def packs(device: torch.device, dual: bool, stacked: bool = False) -> bool:
     """Whether weights on `device` are to be packed: it is a Hopper GPU, and kernels are there or can be compiled now.
 
-    stacked  `[E, N, K]`, for the kernels of mixtures of experts, which take gate and up
+    stacked  `[E, N, K]`, for the kernels of mixtures of experts
     """
-    if not hopper.is_hopper(device) or (stacked and not dual):
+    if not hopper.is_hopper(device):
         return False
     types = (torch.bfloat16, torch.float16)
-    reasons = [_provide_grouped(t, t) if stacked else _provide(dual, t, t) for t in types]
+    reasons = [(_provide_grouped if stacked else _provide)(dual, t, t) for t in types]
     if all(reasons):
         warn_once(_SLOW.format("Hopper") + str(reasons[0]))
     return not all(reasons)
@@ -274,11 +279,9 @@ def select(problem: Problem | GroupedProblem, device: torch.device, backend: str
         dual, x, out = _kind(problem)
         grouped = isinstance(problem, GroupedProblem)
         if name == "hopper":
-            refusal = _provide_grouped(x, out) if grouped else _provide(dual, x, out)
-        elif grouped:
-            refusal = _provide_blackwell_grouped(out, str(arch), device)
+            refusal = (_provide_grouped if grouped else _provide)(dual, x, out)
         else:
-            refusal = _provide_blackwell(dual, out, str(arch), device)
+            refusal = (_provide_blackwell_grouped if grouped else _provide_blackwell)(dual, out, str(arch), device)
         if refusal is None:
             return name
         if backend is None:

@@ -196,13 +196,42 @@ def _run_grouped_dual_gemm(
 
 
 def _run_grouped_linear(
-    out: Tensor, x: list[Tensor], weight: list[Tensor], group_offsets: Tensor, bias: Tensor | None, check: bool, backend: str
+    out: Tensor,
+    x: list[Tensor],
+    weight: list[Tensor],
+    packed: Tensor | None,
+    group_offsets: Tensor,
+    bias: Tensor | None,
+    check: bool,
+    backend: str,
 ) -> None:
-    operand, matrix = _operand(x), _nvfp4(weight)
+    operand, scale = _operand(x), weight[-1]
+    matrix = None if len(weight) == 1 else _nvfp4(weight)
+    shape = outline(out.shape[-1], operand.shape[-1], scale) if matrix is None else matrix
     has_bias = bias is not None
-    problem = grouped_problem(operand, matrix, dual=False, activation=SILU, out_dtype=out.dtype, has_bias=has_bias)
-    _debug_offsets(group_offsets, operand.shape[0], check)
-    dispatch.select(problem, out.device, backend or None)
+    problem = grouped_problem(operand, shape, dual=False, activation=SILU, out_dtype=out.dtype, has_bias=has_bias)
+    _debug_offsets(group_offsets, problem.rows, check)
+    chosen = dispatch.select(problem, out.device, backend or None)
+    if chosen == "blackwell":
+        assert isinstance(operand, NVFP4Tensor)
+        assert matrix is not None, "weights are packed on Hopper GPUs alone"
+        if not blackwell.is_prepared(matrix):
+            dispatch.warn_once(_PACKED_EACH_CALL)
+        moe_launch.grouped(out, operand, (matrix,), group_offsets, (bias,), SILU, problem)
+        return
+    if chosen == "hopper":
+        if packed is None:
+            assert matrix is not None
+            dispatch.warn_once(_PACKED_EACH_CALL)
+            packed = pack((matrix,))
+        # a kernel for one matrix gives each half of its rows a scale and a bias
+        scales, biases = (scale, scale), (bias, bias)
+        grouped_launch.grouped(out, operand, _whole(packed), group_offsets, scales, biases, SILU, problem)
+        return
+    if matrix is None:
+        assert packed is not None
+        dispatch.warn_once(_UNPACKED_EACH_CALL)
+        (matrix,) = unpack(packed, out.shape[-1], operand.shape[-1], (scale,))
     portable.grouped(out, operand, matrix, None, group_offsets, bias, None, SILU)
 
 
@@ -382,7 +411,8 @@ def linear(
     """x @ weight^T + bias, `[..., M, N]`: one NVFP4 matrix, for down projections and attention.
 
     x, out_dtype, out, backend and errors as for `dual_gemm`; weight `[N, K]` or `[L, N, K]`, bias `[N]` or `[L, N]`. On a
-    Hopper GPU a prepared LinearWeight is fastest, and an NVFP4Tensor is packed again by each call, with one warning.
+    Hopper or Blackwell GPU a prepared LinearWeight is fastest, and an NVFP4Tensor is packed again by each call, with one
+    warning.
     """
     if not torch.compiler.is_compiling() and type(weight) is LinearWeight and (direct := weight.direct) is not None:
         done = direct(x, (bias, bias), SILU, out_dtype, out, backend)
@@ -502,12 +532,17 @@ def grouped_linear(
     """One NVFP4 matrix an expert, for down projections: rows group_offsets[e] to group_offsets[e + 1] of x times weight[e]^T,
     plus bias[e], `[rows, N]`.
 
-    weight `[E, N, K]`, each expert with its own global scale; bias `[E, N]`. Everything else as for `grouped_dual_gemm`.
+    weight `[E, N, K]`, each expert with its own global scale; bias `[E, N]`. Everything else as for `grouped_dual_gemm`. On a
+    Hopper or Blackwell GPU a prepared LinearWeight is fastest, and an NVFP4Tensor is packed again by each call, with one
+    warning.
     """
-    matrix = weight.originals()[0] if isinstance(weight, LinearWeight) else weight
+    matrix = weight.outlines[0] if isinstance(weight, LinearWeight) else weight
     dtype = check_grouped(x, {"weight": matrix}, group_offsets, biases={"bias": bias}, out_dtype=out_dtype, out=out)
+    if isinstance(weight, LinearWeight):
+        _prepared(weight, x, dtype, backend, grouped=True)
+    parts, packed = (_held(weight)[0], weight.packed) if isinstance(weight, LinearWeight) else (_parts(weight), None)
     target = _target(x, matrix.rows, False, dtype, out)
-    args = (_rows_of(x, False), _parts(matrix), group_offsets, bias, check_offsets, backend or "")
+    args = (_rows_of(x, False), parts, packed, group_offsets, bias, check_offsets, backend or "")
     _call(_grouped_linear, _run_grouped_linear, target, *args)
     return _result(x, target, out)
 

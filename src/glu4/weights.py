@@ -38,7 +38,7 @@ def _refuse_capture(device: torch.device) -> None:
     if _capturing(device):
         raise UnsupportedError(
             "weights: a CUDA graph is being captured, and these are not packed yet; prepare GatedWeights or a LinearWeight "
-            "before (stacks [L, N, K] are packed by their first call)"
+            "before"
         )
 
 
@@ -162,9 +162,9 @@ class _Weights:
         On a Hopper GPU they are packed into their kernel's order, and kept in NVFP4 too. Returns when that is done:
         kernels may start to read weights before the work ahead of them in the stream has ended. All kernels of the operation
         are loaded, so that a CUDA graph may be captured at once; if none are compiled, they are compiled now (see
-        glu4.dispatch). LinearWeight's stacks `[L, N, K]` stay in NVFP4; the first linear that uses one packs it. On a
-        Blackwell GPU weights and stacks stay NVFP4Tensors, with block scales in the 128x4 layout and rows 16 bytes apart.
-        The portable backend reads NVFP4 as it is, so elsewhere preparing is a move and a check.
+        glu4.dispatch): of stacks `[E, N, K]` those of mixtures of experts. On a Blackwell GPU weights and stacks stay
+        NVFP4Tensors, with block scales in the 128x4 layout and rows 16 bytes apart. The portable backend reads NVFP4 as it
+        is, so elsewhere preparing is a move and a check.
 
         free_original  empties this object, so that only the prepared one holds memory, and drops the NVFP4 form of what is
                        packed. Whatever needs that (attributes, state_dict, to, shard, pickling, another backend) then
@@ -193,18 +193,20 @@ class _Weights:
     def _pack(self) -> None:
         """Add the packed form."""
         self.packed = pack(self.originals())
-        if len(self.shape) == 3 and len(self._names) == 2:
-            grouped_launch.load(self.packed.get_device())
-        else:
-            hopper.load(len(self._names) == 2, self.packed)
+        dual = len(self._names) == 2
+        stacked = len(self.shape) == 3
+        if stacked:
+            grouped_launch.load(dual, self.packed.get_device())
+        if not stacked or not dual:
+            hopper.load(dual, self.packed)
         self._connect()
 
     def _arrange(self) -> None:
         """Bring the matrices into the form of Blackwell kernels, which everything else reads too."""
         self._hold(*(blackwell.prepared(m) for m in self.originals()))
         blackwell.load(len(self._names) == 2, self.outlines[0])
-        if len(self.shape) == 3 and len(self._names) == 2:
-            moe_launch.load(self.outlines[0])
+        if len(self.shape) == 3:
+            moe_launch.load(self.outlines[0], len(self._names) == 2)
         self._connect()
 
     def remember_arranged(self) -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from compiled.slow_builder import SlowSpec
 from glu4.backends.hopper.config import SHIPPED
 from glu4.backends.hopper.grouped_config import GATHER_CONFIGS, GROUPED_SHIPPED
-from glu4.backends.hopper.spec import DecodeSpec, KernelSpec, shipped, shipped_grouped, spec_from_dict
+from glu4.backends.hopper.spec import DecodeSpec, GroupedSpec, KernelSpec, shipped, shipped_grouped, spec_from_dict
 from glu4.compiled import sources, store
 
 SPEC, OTHER = shipped()[:2]
@@ -59,12 +59,18 @@ def test_the_shipped_set() -> None:
     both = [s for s in shipped() if isinstance(s, KernelSpec)]
     assert len(both) == 2 * (4 * len(SHIPPED) + 2 * sum(c.takes_nvfp4 for c in SHIPPED))
     assert [s for s in shipped() if s not in both] == shipped_grouped()
-    assert len(shipped_grouped()) == 4 * len((*GROUPED_SHIPPED, *GATHER_CONFIGS)) + 2
+    assert len(shipped_grouped()) == 4 * len((*GROUPED_SHIPPED, *GROUPED_SHIPPED, *GATHER_CONFIGS)) + 2
     assert shipped_grouped()[-2:] == [DecodeSpec(gather=True), DecodeSpec()]
     assert {(s.x, s.out, s.dual) for s in both} == set(product(("f16", "bf16", "nvfp4"), ("f16", "bf16"), (True, False)))
     assert all(s.config.takes_nvfp4 for s in both if s.nvfp4)
     for dual in (True, False):
         assert shipped(dual) == [s for s in both if s.dual == dual] + [DecodeSpec()]
+    experts = [s for s in shipped_grouped() if isinstance(s, GroupedSpec)]
+    for dual in (True, False):
+        decoders = [DecodeSpec(gather=True), DecodeSpec()] if dual else [DecodeSpec()]
+        assert shipped_grouped(dual) == [s for s in experts if s.dual == dual] + decoders
+    assert not any(s.config.gather for s in experts if not s.dual)
+    assert "sm90_grouped_linear_w4a16_bf16_f16_t64r4d2b32w8" in {s.name for s in experts}
     names = {s.name for s in both if s.config == SHIPPED[0] and s.dual}
     assert "sm90_dual_gemm_w4a4_bf16_t8r1g3f1u2" in names
     assert "sm90_dual_gemm_w4a16_bf16_f16_t8r1g3f1u2" in names

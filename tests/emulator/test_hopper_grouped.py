@@ -48,14 +48,15 @@ from cutlass import cute
 from glu4.backends.hopper.grouped_build import arguments
 from glu4.backends.hopper.grouped_config import GroupedConfig
 with tempfile.TemporaryDirectory() as scratch:
-    made = cute.compile(*arguments(eval(sys.argv[2]), "f16", "f16"), options=f"--keep-ptx --dump-dir={scratch}")
+    given = arguments(eval(sys.argv[2]), "f16", "f16", sys.argv[5] == "dual")
+    made = cute.compile(*given, options=f"--keep-ptx --dump-dir={scratch}")
 Path(sys.argv[1]).write_text(made.artifacts.PTX)
 """
 
 
 @cache
-def ptx(config: GroupedConfig, old: str = "", new: str = "") -> str:
-    """PTX of the kernel, with a fault planted in its source."""
+def ptx(config: GroupedConfig, old: str = "", new: str = "", dual: bool = True) -> str:
+    """PTX of the kernel of gate and up, or of one matrix, with a fault planted in its source."""
     if importlib.util.find_spec("cutlass") is None:
         pytest.skip("needs CuTe DSL to compile the Hopper kernels")
     with tempfile.TemporaryDirectory() as scratch:
@@ -66,7 +67,7 @@ def ptx(config: GroupedConfig, old: str = "", new: str = "") -> str:
             "PATH": "/usr/bin:/bin",
             "HOME": scratch,
         }
-        command = [sys.executable, "-c", COMPILE, str(path), repr(config), old, new]
+        command = [sys.executable, "-c", COMPILE, str(path), repr(config), old, new, "dual" if dual else "single"]
         subprocess.run(command, check=True, env=environment, timeout=400)
         return path.read_text()
 
@@ -101,6 +102,14 @@ class Experts:
         }  # fmt: skip
         return [{"tensor_map": box}, fields("ii", rows, k)]
 
+    def packed(self) -> torch.Tensor:
+        """int32 `[E, tiles, units, 576]`."""
+        return torch.stack([pack_gated(g, u) for g, u in zip(self.gates, self.ups)])
+
+    def x_scale(self) -> float | None:
+        """What all products are multiplied by."""
+        return None
+
     def index(self) -> list[dict[str, Any]]:
         """The parameters after all others."""
         return []
@@ -111,7 +120,7 @@ class Experts:
     def run(self, text: str, config: GroupedConfig, ctas: int = 3, schedule: str = "eager", seed: int = 0,
             offsets: list[int] | None = None) -> Result:  # fmt: skip
         n, experts, rows = self.n, self.experts, self.x.shape[0]
-        packed = torch.stack([pack_gated(g, u) for g, u in zip(self.gates, self.ups)])
+        packed, x_scale = self.packed(), self.x_scale()
         _, tiles, units, _ = packed.shape
         words = fields("iii4xqq", experts, tiles, units, tiles * units * UNIT_WORDS, units * UNIT_WORDS)
         sizes = {"partials": ctas * config.rows * 64 * config.tokens, "ready": ctas * config.rows}
@@ -119,7 +128,8 @@ class Experts:
         biases = [{"pack": [{"ptr": name}, fields("iiq", experts, n, n)]} for name in ("gate_bias", "up_bias")]
         params = [
             *self.tokens(config), {"pack": [{"ptr": "w"}, words]},
-            {"pack": [{"ptr": "offsets"}, fields("i4x", experts + 1)]}, *scales, {"ptr": "gate"}, *biases, {"i32": 6},
+            {"pack": [{"ptr": "offsets"}, fields("i4x", experts + 1)]}, *scales, {"ptr": "x_scale"}, *biases,
+            {"i32": 6 if x_scale is None else 7},
             {"f32": SILU.alpha}, {"f32": SILU.beta}, {"f32": SILU.limit},
             {"pack": [{"ptr": "c"}, fields("iiq", rows, n, n)]},
             *({"pack": [{"ptr": name}, fields("i4x", size)]} for name, size in sizes.items()), *self.index(),
@@ -129,6 +139,7 @@ class Experts:
             "offsets": np.array(offsets or self.offsets, np.int32),
             "gate": torch.stack([w.global_scale for w in self.gates]).numpy(),
             "up": torch.stack([w.global_scale for w in self.ups]).numpy(),
+            "x_scale": np.array([np.nan if x_scale is None else x_scale], np.float32),
             "gate_bias": self.biases[0].numpy(),
             "up_bias": self.biases[1].numpy(),
             "c": np.full((rows, n), SENTINEL, np.uint16),
@@ -141,15 +152,18 @@ class Experts:
         }  # fmt: skip
         return emulate(load(text), launch, buffers, schedule_name=schedule, seed=seed)
 
+    def case(self, e: int, first: int, end: int) -> Case:
+        """What is specified of an expert's rows."""
+        biases = {"gate_bias": self.biases[0, e], "up_bias": self.biases[1, e]}
+        return Case("expert", e, self.x[first:end], self.gates[e], self.ups[e], out_dtype=torch.float16, **biases)
+
     def wrong(self, result: Result) -> list[str]:
         """What is not as specified, expert by expert, and whether rows of no expert were touched."""
         out = torch.from_numpy(result.buffers["c"].view(np.int16)).view(torch.float16)
         found = []
         for e, (first, end) in enumerate(itertools.pairwise(self.offsets)):
             if first < end:
-                biases = {"gate_bias": self.biases[0, e], "up_bias": self.biases[1, e]}
-                case = Case("expert", e, self.x[first:end], self.gates[e], self.ups[e], out_dtype=torch.float16, **biases)
-                verdict = check(case, out[first:end])
+                verdict = check(self.case(e, first, end), out[first:end])
                 found += [] if verdict.ok else [f"expert {e}: {verdict.summary()}"]
         if not (result.buffers["c"][self.offsets[-1] :] == SENTINEL).all():
             found.append("rows beyond the last expert's were written")

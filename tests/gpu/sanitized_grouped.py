@@ -36,7 +36,9 @@ WRONG = {
     "first not 0": (50, 60, 60, 100, 170, 173),
 }
 X_FORMATS = ("float16", "nvfp4")
-RUNS = len(GROUPED_SHIPPED) * len(X_FORMATS) * (1 + len(WRONG))
+OPERATIONS = ("dual_gemm", "linear")  # gate and up, or gate alone
+RIGHT = len(GROUPED_SHIPPED) * len(X_FORMATS) * len(OPERATIONS)
+RUNS = RIGHT * (1 + len(WRONG))
 
 
 def operands(x_format: str) -> tuple[torch.Tensor | NVFP4Tensor, NVFP4Tensor, NVFP4Tensor]:
@@ -56,14 +58,15 @@ def main() -> None:
         sys.exit("set PYTORCH_NO_CUDA_MEMORY_CACHING=1: inside torch's own pools nothing is out of bounds")
     right = (0, *itertools.accumulate(SIZES))
     wrong = 0
-    for x_format in X_FORMATS:
+    for operation, x_format in itertools.product(OPERATIONS, X_FORMATS):
         x, gate, up = operands(x_format)
-        packed_here = pack((gate, up))
+        dual = operation == "dual_gemm"
+        packed_here = pack((gate, up) if dual else (gate,))
         spare = torch.zeros(packed_here.numel() + 576, dtype=torch.int32)  # a last stage may read one unit more
         spare[: packed_here.numel()] = packed_here.flatten()
         packed = spare.to("cuda")[: packed_here.numel()].view(packed_here.shape)
-        scales = (gate.global_scale.to("cuda"), up.global_scale.to("cuda"))
-        problem = grouped_problem(x, gate, activation=SILU, out_dtype=torch.float16, has_bias=False)
+        scales = (gate.global_scale.to("cuda"), (up if dual else gate).global_scale.to("cuda"))
+        problem = grouped_problem(x, gate, dual=dual, activation=SILU, out_dtype=torch.float16, has_bias=False)
         here = x.to("cuda")
         for config in GROUPED_SHIPPED:
             for name, offsets in {"right": right, **WRONG}.items():
@@ -75,10 +78,12 @@ def main() -> None:
                     return
                 verdict = "ran"
                 if name == "right":
-                    case = Case("sanitized", 0, x, gate, up, out_dtype=torch.float16, group_offsets=on_device.cpu())
+                    case = Case(
+                        "sanitized", 0, x, gate, up if dual else None, out_dtype=torch.float16, group_offsets=on_device.cpu()
+                    )
                     verdict = "right" if check(case, out.cpu()).ok else "WRONG"
                     wrong += verdict == "WRONG"
-                print(f"{config.name} {x_format} {name}: {verdict}", flush=True)
+                print(f"{operation} {config.name} {x_format} {name}: {verdict}", flush=True)
     sys.exit(1 if wrong else 0)
 
 

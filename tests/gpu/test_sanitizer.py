@@ -124,13 +124,13 @@ def test_the_shipped_kernels_are_clean(hopper: Target, pytestconfig: pytest.Conf
     assert report.count(": right") == RUNS
 
 
-@pytest.mark.timeout(300, method="thread")
+@pytest.mark.timeout(600, method="thread")
 @pytest.mark.parametrize("tool", TOOLS)
 def test_the_grouped_kernels_are_clean_whatever_the_offsets(hopper: Target, pytestconfig: pytest.Config, tool: str) -> None:
     code, report = run_under(tool, pytestconfig.rootpath, program_module="gpu.sanitized_grouped")
     assert errors_in(report) == 0, report[-4000:]
     assert code == 0, report[-4000:]
-    assert report.count(": right") == len(GROUPED_SHIPPED) * len(sanitized_grouped.X_FORMATS)
+    assert report.count(": right") == sanitized_grouped.RIGHT
     assert report.count(": right") + report.count(": ran") == sanitized_grouped.RUNS
 
 
@@ -235,14 +235,15 @@ def test_the_problems_fill_tiles_in_part_and_use_every_stage_again(config) -> No
         assert (format_of(case.x) == NVFP4) == (x_format == OWN)
 
 
+@pytest.mark.parametrize("outputs", [32, 64])  # of a row group: of gate and up, and of one matrix
 @pytest.mark.parametrize("config", GROUPED_SHIPPED, ids=lambda c: c.name)
-def test_the_grouped_problem_shares_tiles_and_fills_them_in_part(config) -> None:  # type: ignore[no-untyped-def]
+def test_the_grouped_problem_shares_tiles_and_fills_them_in_part(config, outputs: int) -> None:  # type: ignore[no-untyped-def]
     sizes, n, k = sanitized_grouped.SIZES, sanitized_grouped.N, sanitized_grouped.K
     offsets = [0, *itertools.accumulate(sizes)]
-    tiles, costs = plan(offsets, offsets[-1], -(-n // (32 * config.rows)), config)
+    tiles, costs = plan(offsets, offsets[-1], -(-n // (outputs * config.rows)), config)
     _, found = cuts(costs, -(-k // (64 * config.tile.stage_units)), 132, config)
     assert any(step for _, step in found)
-    assert n % 32
+    assert n % outputs
     assert k % 64
     assert any(t.end - t.first < t.width for t in tiles)
     assert 0 in sizes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fake_blackwell import fake_blackwell
 from fake_hopper import fake_hopper
 from glu4 import (
     GatedWeights,
@@ -24,8 +26,10 @@ from glu4 import (
     moe_combine,
     moe_gate_up,
     quantize,
+    reference,
 )
 from glu4.activation import SILU
+from glu4.backends.hopper.spec import GroupedSpec
 from glu4.nn import (
     ExpertsLinear,
     GatedExperts,
@@ -40,6 +44,7 @@ from glu4.nn import (
 from glu4.nn.probe import Skip, check_experts
 from glu4.verify.case import Block
 from glu4.verify.metrics import block_terms
+from operands import full_range
 
 transformers = pytest.importorskip("transformers")
 Make = Callable[..., Any]
@@ -371,8 +376,12 @@ def test_experts_on_the_kernel(mode: str, monkeypatch: pytest.MonkeyPatch) -> No
         ids, router = torch.tensor([[0, 1], [2, -1], [1, 3], [0, 2], [-1, -1]]), torch.rand(5, 2)
         assert module.weights.packed is not None
         out = module(x, ids, router)
-        assert [type(launch.spec).__name__ for launch in cuda.launches].count("GroupedSpec") == 1
-        assert free_originals(module) == 1
+        # gate and up, then the down projection, and what decodes tokens for each
+        kinds = [s.dual for s in (launch.spec for launch in cuda.launches) if isinstance(s, GroupedSpec)]
+        assert kinds == [True, False]
+        assert len(cuda.launches) == (4 if mode == "w4a4" else 2)
+        assert free_originals(module) == 2
+        assert module.down_proj.weight.codes.untyped_storage().nbytes() == 1
         assert torch.equal(module(x, ids, router), out)
         other = stack(mode, input_scale=torch.tensor([0.5, 0.5, 0.5]))
         other.load_state_dict(module.state_dict())
@@ -381,6 +390,59 @@ def test_experts_on_the_kernel(mode: str, monkeypatch: pytest.MonkeyPatch) -> No
             w.copy_(w.roll(1))
         module._prepare_again()
         assert not torch.equal(module(x, ids, router), out)
+
+
+def test_a_down_projection_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits of the specification, before and after its NVFP4 form is freed, and that form again for files, moves, copies."""
+    with fake_hopper(monkeypatch) as cuda:
+        matrix, offsets = full_range(3, 3, 40, 64), torch.tensor([0, 4, 4, 7], dtype=torch.int32)
+        x = torch.randn(9, 64, generator=torch.Generator().manual_seed(2)).half()
+        module = NVFP4ExpertsLinear(matrix)
+        want = reference.grouped_linear(x, matrix, offsets)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(module(x, offsets)[:7], want)
+            assert free_originals(module) == 1
+            assert torch.equal(module(x, offsets)[:7], want)
+            assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(x, offsets)[:7], want)
+        assert len(cuda.launches) == 3
+        assert torch.equal(module.matrix.dequantize(), matrix.dequantize())
+        assert "experts=3, in_features=64, out_features=40" in repr(module)
+        names = ["input_scale", "weight.codes", "weight.block_scale", "weight.global_scale"]
+        assert list(NVFP4ExpertsLinear(matrix, input_scale=torch.tensor(0.5)).state_dict()) == names
+        other = NVFP4ExpertsLinear(full_range(4, 3, 40, 64))
+        other.load_state_dict(module.state_dict())
+        assert module.weight.codes.shape == matrix.codes.shape == module.weight.codes.clone().shape
+        for changed in (other, module, copy.deepcopy(module), module.half()):
+            assert free_originals(changed) == 1
+            assert torch.equal(changed(x, offsets)[:7], want)
+
+
+def test_a_down_projection_elsewhere_is_held_once() -> None:
+    """The portable backend reads the buffers themselves, and what is written into them counts at once."""
+    module, offsets = NVFP4ExpertsLinear(full_range(3, 3, 40, 64)), torch.tensor([0, 4, 4, 7], dtype=torch.int32)
+    x = torch.randn(7, 64)
+    assert free_originals(module) == 0
+    before = module(x, offsets)
+    assert module._ready is None
+    assert not module.matrix.is_swizzled
+    module.weight.global_scale.mul_(2)
+    assert torch.equal(module(x, offsets), before * 2)
+
+
+def test_a_down_projection_on_blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """W4A4 runs on the kernel, W4A16 on the portable backend, from the same arranged weights."""
+    x, offsets = torch.randn(7, 64, dtype=torch.float16), torch.tensor([0, 4, 4, 7], dtype=torch.int32)
+    modules = [NVFP4ExpertsLinear(full_range(3, 3, 40, 64), mode=mode) for mode in ("w4a4", "w4a16")]  # type: ignore[arg-type]
+    want = [module(x, offsets) for module in modules]
+    with fake_blackwell(monkeypatch) as cuda:
+        for module, before, launches in zip(modules, want, (2, 0)):
+            module._prepare_again()
+            cuda.made.clear()
+            torch.testing.assert_close(module(x, offsets), before, rtol=2e-3, atol=0)
+            assert len(cuda.made) == launches
+            assert module.matrix.is_swizzled
+            assert free_originals(module) == 0
 
 
 def test_refusals_of_the_module() -> None:

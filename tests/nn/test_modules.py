@@ -15,7 +15,7 @@ from fake_hopper import fake_hopper
 from glu4 import dispatch, reference
 from glu4.activation import SILU, Activation, clamped_silu
 from glu4.backends.hopper.pack import pack_gated, pack_matrix
-from glu4.nn import GatedExperts, GatedMLP, NVFP4Linear, free_originals, set_mode
+from glu4.nn import GatedExperts, GatedMLP, NVFP4ExpertsLinear, NVFP4Linear, free_originals, set_mode
 from glu4.nvfp4 import NVFP4Tensor, quantize
 from glu4.verify.cases import Case
 from glu4.verify.checker import check
@@ -325,6 +325,9 @@ def test_each_module_asks_for_kernels_of_its_own_operation(monkeypatch: pytest.M
         one = NVFP4Tensor(gate.codes[None], gate.block_scale[None], gate.global_scale[None])
         GatedExperts(GatedWeights(one, one), nn.Identity())
         assert asked == {(True, True)}
+        asked.clear()
+        NVFP4ExpertsLinear(one)
+        assert asked == {(False, True)}
 
 
 @pytest.mark.parametrize("mode", ["w4a16", "w4a4"])

@@ -107,6 +107,7 @@ def _device(device: torch.device) -> dict[str, Any]:
         "dual_gemm W4A16": Problem(256, 4096, 7168, x_format="float16"),
         "linear W4A16": Problem(256, 4096, 7168, operation="linear", x_format="float16"),
         "grouped_dual_gemm W4A16": GroupedProblem(256, 8, 4096, 7168, x_format="float16"),
+        "grouped_linear W4A16": GroupedProblem(256, 8, 7168, 4096, x_format="float16", operation="grouped_linear"),
     }
     backends = {}
     for name, problem in problems.items():

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from glu4 import moe, ops
 from glu4.activation import SILU, Activation
-from glu4.nn.modules import Mode, _detached, _ExactBuffers, _Matrix, _Prepared, check_mode
+from glu4.backends.blackwell import launch as blackwell
+from glu4.backends.hopper import launch as hopper
+from glu4.nn.modules import Mode, _detached, _Matrix, _Prepared, check_mode
 from glu4.nvfp4 import NVFP4Tensor, quantize
-from glu4.weights import GatedWeights
+from glu4.weights import GatedWeights, LinearWeight
 
 __all__ = ["ExpertsLinear", "GatedExperts", "NVFP4ExpertsLinear"]
 
@@ -53,7 +55,7 @@ class ExpertsLinear(nn.Module):
         return f"experts={e}, in_features={k}, out_features={n}"
 
 
-class NVFP4ExpertsLinear(_ExactBuffers):
+class NVFP4ExpertsLinear(_Prepared[LinearWeight]):
     """The same with NVFP4 weights, W4A16 or W4A4.
 
     weight       NVFP4Tensor `[E, N, K]`, kept as buffers weight.codes, weight.block_scale, weight.global_scale
@@ -70,16 +72,27 @@ class NVFP4ExpertsLinear(_ExactBuffers):
         self.mode: Mode = check_mode(mode)
         self.weight = _Matrix(weight)
         self.register_buffer("input_scale", input_scale)
+        self._prepare_again()
+
+    def _from_buffers(self) -> LinearWeight:
+        return LinearWeight(self.weight.tensor())
+
+    def _current(self) -> LinearWeight:
+        device = self.weight.codes.device
+        own = hopper.is_hopper(device) or blackwell.is_blackwell(device)
+        if self._ready is None and (torch.compiler.is_compiling() or not own):
+            return LinearWeight(self.weight.held())  # as they are: there is nothing to prepare
+        return super()._current()
 
     @property
     def matrix(self) -> NVFP4Tensor:
         """The weights as one value."""
-        return self.weight.tensor()
+        return self.weight.tensor() if self._ready is None else self._ready.matrix
 
     def forward(self, x: Tensor, group_offsets: Tensor) -> Tensor:
         """x `[rows, K]`, of which the rows from group_offsets[E] on count for a dynamic scale too, to `[rows, N]`."""
         operand = quantize(x, _largest(self.input_scale), nonfinite="propagate") if self.mode == "w4a4" else x
-        return ops.grouped_linear(operand, self.weight.held(), group_offsets, out_dtype=x.dtype)
+        return ops.grouped_linear(operand, self._current(), group_offsets, out_dtype=x.dtype)
 
     def extra_repr(self) -> str:
         e, n, k = self.weight.held().shape

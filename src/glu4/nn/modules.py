@@ -147,8 +147,8 @@ class _Prepared(_ExactBuffers, Generic[W]):
         """Prepare now where a kernel wants that: a graph that torch.compile traces before the first call could not."""
         self._ready = None
         codes = self._matrices()[0].codes
-        device, dual = codes.device, self.dual
-        if dispatch.packs(device, dual, stacked=codes.ndim == 3) or dispatch.arranges(device, dual):
+        kind = (codes.device, self.dual, codes.ndim == 3)
+        if dispatch.packs(*kind) or dispatch.arranges(*kind):
             with suppress(ValueError):  # memory not filled yet, or damaged weights: the next call says which
                 self._current()
 
@@ -300,7 +300,7 @@ class NVFP4Linear(_Prepared[LinearWeight]):
 
 
 def free_originals(model: nn.Module) -> int:
-    """Let every GatedMLP, GatedExperts and NVFP4Linear of `model` keep its packed form alone, which halves what its weights
+    """Let every GatedMLP, NVFP4Linear and stack of experts of `model` keep its packed form alone, which halves what its weights
     take on a Hopper GPU; returns how many do. For inference: what needs NVFP4 again (state_dict, load_state_dict, moves,
     copies, saving) unpacks it, and both forms are held from then on.
 

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+import glu4.weights
 from fake_hopper import FakeCuda, fake_hopper
-from glu4 import GatedWeights, NVFP4Tensor, UnsupportedError, grouped_dual_gemm, grouped_linear, quantize
+from glu4 import (
+    GatedWeights,
+    LinearWeight,
+    NVFP4Tensor,
+    UnsupportedError,
+    grouped_dual_gemm,
+    grouped_linear,
+    quantize,
+    reference,
+)
 from glu4.activation import Activation
 from glu4.backends.hopper.grouped_config import GATHER_CONFIGS, GROUPED_SHIPPED, GroupedConfig, grouped_legal
 from glu4.backends.hopper.spec import DecodeSpec, GroupedSpec, shipped_grouped, spec_from_dict
@@ -106,20 +117,119 @@ def test_rows_that_are_not_dense_and_no_rows(hopper: FakeCuda) -> None:
 
 
 def test_what_the_kernel_does_not_do_goes_elsewhere(hopper: FakeCuda) -> None:
-    w = weights().prepare("cpu")
+    w, one = weights().prepare("cpu"), LinearWeight(stack(1)).prepare("cpu")
     x = tokens()
-    assert grouped_linear(x, w.gate, offsets()).shape == (x.shape[0], N)
-    with pytest.raises(UnsupportedError, match="backend hopper: grouped_linear: the grouped Hopper kernel takes gate and up"):
-        grouped_linear(x, w.gate, offsets(), backend="hopper")
-    with pytest.raises(UnsupportedError, match="backend hopper: float32 activations"):
-        grouped_dual_gemm(x.float(), w, offsets(), backend="hopper")
+    before = len(hopper.launches)
+    assert grouped_linear(x, one, offsets(), out_dtype=torch.float32).shape == (x.shape[0], N)
+    assert len(hopper.launches) == before
+    for call in (lambda: grouped_dual_gemm(x.float(), w, offsets(), backend="hopper"),
+                 lambda: grouped_linear(x.float(), one, offsets(), backend="hopper")):  # fmt: skip
+        with pytest.raises(UnsupportedError, match="backend hopper: float32 activations"):
+            call()
+
+
+# ---- one matrix an expert ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", ["prepared", "freed", "object", "tensor"])
+def test_one_matrix_an_expert(hopper: FakeCuda, form: str, dtype: torch.dtype) -> None:
+    """As of gate and up, one launch; `object` is packed by its first call and keeps that."""
+    matrix, x = stack(1), tokens(dtype)
+    bias = torch.randn(len(COUNTS), N).to(dtype) if form != "tensor" else None
+    want = reference.grouped_linear(x, matrix, offsets(), bias=bias, out_dtype=dtype)
+    given = {
+        "prepared": lambda: LinearWeight(matrix).prepare("cpu"),
+        "freed": lambda: LinearWeight(matrix).prepare("cpu", free_original=True),
+        "object": lambda: LinearWeight(matrix),
+        "tensor": lambda: matrix,
+    }[form]()
+    before = len(hopper.launches)
+    with warnings.catch_warnings():
+        if form != "tensor":
+            warnings.simplefilter("error")
+        for _ in range(2):
+            out = torch.full((x.shape[0], N), 7.0, dtype=dtype)
+            grouped_linear(x, given, offsets(), bias=bias, out=out, backend="hopper")
+            assert torch.equal(out[: sum(COUNTS)], want[: sum(COUNTS)])
+            assert (out[sum(COUNTS) :] == 7).all()
+    specs = [launched.spec for launched in hopper.launches[before:]]
+    assert (
+        [(type(s), s.dual) for s in specs if isinstance(s, GroupedSpec)]
+        == [(GroupedSpec, False)] * 2
+        == [(type(s), False) for s in specs]
+    )
+    assert isinstance(given, NVFP4Tensor) or given.packed is not None
+
+
+def test_a_matrix_that_is_not_kept_is_packed_each_call_with_one_warning(hopper: FakeCuda) -> None:
+    matrix, x = stack(1), tokens()
+    with pytest.warns(UserWarning, match="packed again at every call; use .*LinearWeight\\(weight\\).prepare\\(device\\)"):
+        grouped_linear(x, matrix, offsets())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        grouped_linear(x, matrix, offsets())
+    assert len(hopper.launches) == 2
+
+
+def test_only_the_packed_form_serves_what_the_kernel_cannot(hopper: FakeCuda) -> None:
+    matrix, x = stack(1), tokens()
+    freed = LinearWeight(matrix).prepare("cpu", free_original=True)
+    assert (freed.matrices, freed.shape) == (None, (len(COUNTS), N, K))
+    with pytest.warns(UserWarning, match="are unpacked at every call that the Hopper kernel cannot run"):
+        got = grouped_linear(x.float(), freed, offsets())
+    assert torch.equal(got[: sum(COUNTS)], grouped_linear(x.float(), matrix, offsets())[: sum(COUNTS)])
+
+
+def test_nvfp4_tokens_of_one_matrix_are_decoded_and_scaled(hopper: FakeCuda) -> None:
+    weight, x = LinearWeight(stack(1)).prepare("cpu"), quantize(tokens().float() * 3)
+    assert x.global_scale != 1
+    want = reference.grouped_linear(x, weight.matrix, offsets(), out_dtype=torch.bfloat16)
+    before = len(hopper.launches)
+    assert torch.equal(grouped_linear(x, weight, offsets())[: sum(COUNTS)], want[: sum(COUNTS)])
+    assert [type(launched.spec) for launched in hopper.launches[before:]] == [DecodeSpec, GroupedSpec]
+
+
+def test_a_capture_needs_weights_that_are_packed(hopper: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepared weights run, all kernels loaded before; others are refused, as each replay would pack them again."""
+    weight, x, bounds = LinearWeight(stack(1)).prepare("cpu"), tokens(), offsets()
+    loaded = hopper.calls.count("cuLibraryLoadData")
+    monkeypatch.setattr(glu4.weights, "_capturing", lambda device: True)
+    grouped_linear(x, weight, bounds)
+    for given in (weight.matrix, LinearWeight(weight.matrix)):
+        with pytest.raises(UnsupportedError, match="a CUDA graph is being captured, and these are not packed yet"):
+            grouped_linear(x, given, bounds)
+    assert hopper.calls.count("cuLibraryLoadData") == loaded
+
+
+def test_rows_of_one_matrix_that_are_not_dense_and_no_rows(hopper: FakeCuda) -> None:
+    weight, x = LinearWeight(stack(1)).prepare("cpu"), tokens()
+    want = reference.grouped_linear(x, weight.matrix, offsets())
+    column_major = torch.full((N, x.shape[0]), 7.0).half().t()
+    grouped_linear(x, weight, offsets(), out=column_major)
+    assert torch.equal(column_major[: sum(COUNTS)], want[: sum(COUNTS)])
+    assert (column_major[sum(COUNTS) :] == 7).all()
+    before = len(hopper.launches)
+    assert grouped_linear(x[:0], weight, torch.zeros(len(COUNTS) + 1, dtype=torch.int32)).shape == (0, N)
+    assert len(hopper.launches) == before
+
+
+def test_one_matrix_in_a_compiled_graph(hopper: FakeCuda) -> None:
+    weight, x = LinearWeight(stack(1)).prepare("cpu", free_original=True), tokens()
+
+    def layer(x: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+        return grouped_linear(x, weight, bounds) + 1
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, offsets())[: sum(COUNTS)], layer(x, offsets())[: sum(COUNTS)])
+    assert len(hopper.launches) == 2
 
 
 def test_specs_come_back_as_they_were_written() -> None:
     for spec in shipped_grouped():
         assert spec_from_dict(spec.to_dict()) == spec
     specs = [s for s in shipped_grouped() if isinstance(s, GroupedSpec)]
-    assert len({s.name for s in specs}) == len(specs) == 4 * len((*GROUPED_SHIPPED, *GATHER_CONFIGS))
+    assert len({s.name for s in specs}) == len(specs) == 4 * len((*GROUPED_SHIPPED, *GROUPED_SHIPPED, *GATHER_CONFIGS))
     one, other = (GroupedSpec(GroupedConfig(share=s), "f16", "f16") for s in (6000, 0))
     assert one.name != other.name
     assert one.key != other.key

@@ -330,9 +330,9 @@ def _rows(x: NVFP4Tensor) -> NVFP4Tensor:
 def grouped(
     out: Tensor,
     x: NVFP4Tensor,
-    weights: tuple[NVFP4Tensor, NVFP4Tensor],
+    weights: tuple[NVFP4Tensor, ...],
     offsets: Tensor,
-    biases: tuple[Tensor | None, Tensor | None],
+    biases: tuple[Tensor | None, ...],
     activation: Activation,
     problem: GroupedProblem,
     config: MoeConfig | None = None,

@@ -81,7 +81,7 @@ def _arguments(spec: Spec) -> tuple[Any, ...]:
     from glu4.backends.hopper.pack import UNIT_WORDS
 
     if isinstance(spec, GroupedSpec):
-        return arguments(spec.config, spec.x, spec.out)
+        return arguments(spec.config, spec.x, spec.out, spec.dual)
     if isinstance(spec, DecodeSpec):
         words, scale_bytes = cute.sym_int(), cute.sym_int()
         codes = make_fake_tensor(cutlass.Uint32, (words,), (1,), assumed_align=4)

@@ -9,8 +9,9 @@ from glu4.backends.hopper.grouped_config import GroupedConfig
 __all__ = ["arguments"]
 
 
-def arguments(config: GroupedConfig, x: str, out: str) -> tuple[Any, ...]:
-    """What cute.compile takes: the kernel's host function and stand-ins for its arguments. x, out: "f16" or "bf16"."""
+def arguments(config: GroupedConfig, x: str, out: str, dual: bool = True) -> tuple[Any, ...]:
+    """What cute.compile takes: the kernel's host function and stand-ins for its arguments. x, out: "f16" or "bf16"; dual: gate
+    and up, or one matrix."""
     import cutlass
     from cutlass import cute
     from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
@@ -35,7 +36,7 @@ def arguments(config: GroupedConfig, x: str, out: str) -> tuple[Any, ...]:
     )
     rows = cute.sym_int() if config.gather else m
     result = make_fake_tensor(types[out], (rows, n), (cute.sym_int64(), 1), assumed_align=2)
-    kernel = GroupedGemm(config, types[x], types[out])
+    kernel = GroupedGemm(config, types[x], types[out], dual)
     return (
         kernel, tokens, weights, offsets, *scales, *biases, cutlass.Int32(0), *constants, result, partials,
         ready, cutlass.Int32(1), order, make_fake_stream(),

@@ -145,8 +145,6 @@ GATHER_CONFIGS = tuple(replace(c, gather=True) for c in GROUPED_SHIPPED)  # the 
 
 def grouped_legal(config: GroupedConfig, problem: GroupedProblem) -> str | None:
     """Why `config` may not run `problem`, in one sentence; None when it may."""
-    if problem.operation == "grouped_linear":
-        return "grouped_linear: the grouped Hopper kernel takes gate and up"
     if problem.x_format == "float32":
         return "float32 activations: wgmma would round them to TF32, which is not exact"
     if problem.out_dtype.itemsize != 2:

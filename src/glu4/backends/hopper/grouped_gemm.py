@@ -57,8 +57,9 @@ class GroupedGemm(DualGemm):
     int32 [ctas, rows], zero before and after; `ctas`, how many of them stay; with `gather` order int64 [T, top_k] of x [T, k]:
     row r of the work, and of out [T * top_k, n], is x's row order[r] / top_k."""
 
-    def __init__(self, config: GroupedConfig, x_type: Any, out_type: Any) -> None:
-        super().__init__(config.tile, x_type, out_type, dual=True)
+    def __init__(self, config: GroupedConfig, x_type: Any, out_type: Any, dual: bool = True) -> None:
+        super().__init__(config.tile, x_type, out_type, dual)
+        self.outputs = 32 if dual else 64  # of a row group
         self.grouped = config
         self.schedule = Schedule(config)
         self.kind = "bf16" if self.brain else "f16"
@@ -175,7 +176,7 @@ class GroupedGemm(DualGemm):
         cute.arch.griddepcontrol_launch_dependents()
         rows = cute.size(tokens_of) if cutlass.const_expr(g.gather) else x.shape[0]
         experts = weights.shape[0]
-        row_tiles = cute.ceil_div(out.shape[1], c.rows * 32)
+        row_tiles = cute.ceil_div(out.shape[1], c.rows * self.outputs)
         steps = (weights.shape[2] + c.stage_units - 1) // c.stage_units
         self.schedule.compute(offsets, rows, starts, costs, order, bounds, notes, thread)
         self.schedule.divide(starts, costs, order, plan, experts, row_tiles, steps, thread)
@@ -439,13 +440,15 @@ class GroupedGemm(DualGemm):
         lane,
     ):  # fmt: skip
         """Outputs of one warpgroup's tile, a few tokens at a time, each warp for itself: its 16 packed rows are 8 outputs,
-        which are 16 bytes of a token."""
+        which are 16 bytes of a token, or of one matrix 16, half after half."""
+        halves = cutlass.const_expr(1 if self.dual else 2)
         staged = cutlass.const_expr(self.grouped.staged_tokens)
         in_warp = lane % 32
         tokens, n = out.shape
-        column = row * 32 + lane // 32 * 8
+        column = row * self.outputs + lane // 32 * (8 * halves)
+        columns = [column, column + 8][:halves]
         start = out.iterator.toint()
-        aligned = (((start | (Int64(out.stride[0]) * 2)) & 15) == 0) & (column + 8 <= n)
+        aligned = [(((start | (Int64(out.stride[0]) * 2)) & 15) == 0) & (first + 8 <= n) for first in columns]
         for token in cutlass.range_constexpr(0, self.config.tokens, staged):
             if token < width:
                 values = self.epilogue(
@@ -453,18 +456,20 @@ class GroupedGemm(DualGemm):
                     token // 8, staged // 8,
                 )  # fmt: skip
                 words = cute.recast_tensor(values, Uint32)
-                cute.arch.sync_warp()  # all lanes have read what was staged before
-                store_transposed(staging + in_warp % staged * 16, *[words[i] for i in range(staged // 8)])
-                cute.arch.sync_warp()
-                at = first + token + in_warp
-                if (in_warp < staged) & (at < tokens) & (column < n):
-                    there = cute.make_ptr(Uint32, staging + in_warp * 16, cute.AddressSpace.smem, assumed_align=16)
-                    four = cute.make_rmem_tensor((4,), Uint32)
-                    cute.autovec_copy(cute.make_tensor(there, cute.make_layout(4)), four)
-                    if aligned:
-                        store_16_bytes(start + (Int64(at) * Int64(out.stride[0]) + column) * 2, four)
-                    else:
-                        elements = cute.recast_tensor(four, self.out_type)
-                        for e in cutlass.range_constexpr(8):
-                            if column + e < n:
-                                out[at, column + e] = elements[e]
+                for half in cutlass.range_constexpr(halves):
+                    column = columns[half]
+                    cute.arch.sync_warp()  # all lanes have read what was staged before
+                    store_transposed(staging + in_warp % staged * 16, *[words[halves * i + half] for i in range(staged // 8)])
+                    cute.arch.sync_warp()
+                    at = first + token + in_warp
+                    if (in_warp < staged) & (at < tokens) & (column < n):
+                        there = cute.make_ptr(Uint32, staging + in_warp * 16, cute.AddressSpace.smem, assumed_align=16)
+                        four = cute.make_rmem_tensor((4,), Uint32)
+                        cute.autovec_copy(cute.make_tensor(there, cute.make_layout(4)), four)
+                        if aligned[half]:
+                            store_16_bytes(start + (Int64(at) * Int64(out.stride[0]) + column) * 2, four)
+                        else:
+                            elements = cute.recast_tensor(four, self.out_type)
+                            for e in cutlass.range_constexpr(8):
+                                if column + e < n:
+                                    out[at, column + e] = elements[e]

@@ -12,10 +12,10 @@ from torch import Tensor
 from glu4.activation import Activation
 from glu4.backends.hopper import flags, tokens
 from glu4.backends.hopper.config import TILE_K
-from glu4.backends.hopper.grouped_config import GATHER_CONFIGS, GROUPED_SHIPPED, GroupedConfig, grouped_candidates
+from glu4.backends.hopper.grouped_config import GROUPED_SHIPPED, GroupedConfig, grouped_candidates
 from glu4.backends.hopper.launch import float32
 from glu4.backends.hopper.pack import UNIT_WORDS
-from glu4.backends.hopper.spec import GroupedSpec
+from glu4.backends.hopper.spec import GroupedSpec, shipped_grouped
 from glu4.compiled import store
 from glu4.compiled.driver import Kernel, Matrix
 from glu4.errors import UnsupportedError
@@ -57,21 +57,20 @@ def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def _spec(config: GroupedConfig, x: torch.dtype | str, out: torch.dtype) -> GroupedSpec:
+def _spec(config: GroupedConfig, x: torch.dtype | str, out: torch.dtype, dual: bool) -> GroupedSpec:
     # NVFP4 tokens are decoded to fp16, which holds them exactly
-    return GroupedSpec.of(config, x if isinstance(x, torch.dtype) else torch.float16, out)
+    return GroupedSpec.of(config, x if isinstance(x, torch.dtype) else torch.float16, out, dual)
 
 
-def available(x: torch.dtype | str, out: torch.dtype) -> bool:
-    """Whether any kernel for x of a format ("nvfp4" or a dtype) and that output type is packaged or cached."""
-    return any(grouped_kernel(_spec(config, x, out)) is not None for config in GROUPED_SHIPPED)
+def available(dual: bool, x: torch.dtype | str, out: torch.dtype) -> bool:
+    """Whether any kernel of an operation for x of a format ("nvfp4" or a dtype) and that output type is packaged or cached."""
+    return any(grouped_kernel(_spec(config, x, out, dual)) is not None for config in GROUPED_SHIPPED)
 
 
-def load(index: int) -> None:
-    """Load every kernel onto device `index`, so that no later call has to, nor a captured graph."""
-    types = (torch.float16, torch.bfloat16)
-    kernels = [grouped_kernel(_spec(c, x, out)) for c in (*GROUPED_SHIPPED, *GATHER_CONFIGS) for x in types for out in types]
-    for kernel in (*kernels, tokens.decoder(), tokens.gatherer()):
+def load(dual: bool, index: int) -> None:
+    """Load every kernel of an operation onto device `index`, so that no later call has to, nor a captured graph."""
+    kernels = [grouped_kernel(spec) for spec in shipped_grouped(dual) if isinstance(spec, GroupedSpec)]
+    for kernel in (*kernels, tokens.decoder(), tokens.gatherer() if dual else None):
         if kernel is not None:
             kernel.load(index)
     flags.reserve(index)
@@ -101,8 +100,8 @@ def submit(
     x        `[rows, K]` in 16 bits, of which the rows before the last offset are read
     packed   int32 `[E, tiles, units, 576]`, followed by one spare unit
     offsets  int32 `[E + 1]`
-    scales   gate's and up's, float32 `[E]`
-    biases   float32 `[E, N]`, dense, or None
+    scales   gate's and up's, float32 `[E]`; for one matrix the same twice
+    biases   float32 `[E, N]`, dense, or None; for one matrix the same twice
     out      `[rows, N]`, rows dense; those from the last offset on are left as they are
     order    int64 `[T, top_k]`, dense, for a configuration that gathers: row r is row order[r] // top_k of x `[T, K]`, whose
              rows a tensor map could address (`tokens.row_stride`)
@@ -192,6 +191,7 @@ def grouped(
 ) -> None:
     """Fill the rows of `out [rows, N]` before the last offset from x `[rows, K]`, sorted by expert; arguments as for `submit`.
 
+    packed  of gate and up or, where the problem is a grouped_linear, of one matrix
     config  insists on one kernel, of sorted rows
     order   int64 `[T, top_k]`: x is `[T, K]`, and row r of the work is its row order[r] // top_k
     """
@@ -206,15 +206,18 @@ def grouped(
     x_format = "nvfp4" if isinstance(x, NVFP4Tensor) else x.dtype
     x_scale = x.global_scale if isinstance(x, NVFP4Tensor) else None
     kernel, chosen = None, None
+    dual = problem.operation == "grouped_dual_gemm"
     if order is not None:
         assert config is None
+        assert dual
         x, order = _sorted(x, order.contiguous(), problem, index)
     if order is not None:
-        kernel, chosen = _first(grouped_candidates(problem, gather=True), x_format, out.dtype)
+        kernel, chosen = _first(grouped_candidates(problem, gather=True), x_format, out.dtype, dual)
         if kernel is None:
             x, order = gather_rows(x, order), None
     if kernel is None:
-        kernel, chosen = _first(grouped_candidates(problem) if config is None else iter((config,)), x_format, out.dtype)
+        candidates = grouped_candidates(problem) if config is None else iter((config,))
+        kernel, chosen = _first(candidates, x_format, out.dtype, dual)
     if kernel is None or chosen is None:
         raise UnsupportedError("no compiled Hopper kernel for this problem; run glu4 compile")
     decoded = tokens.prepared(x, False, index)
@@ -225,8 +228,8 @@ def grouped(
 
 
 def _first(
-    configs: Iterator[GroupedConfig], x: torch.dtype | str, out: torch.dtype
+    configs: Iterator[GroupedConfig], x: torch.dtype | str, out: torch.dtype, dual: bool
 ) -> tuple[Kernel, GroupedConfig] | tuple[None, None]:
     """The first of `configs` whose kernel is packaged or cached, and the kernel."""
-    found = ((grouped_kernel(_spec(c, x, out)), c) for c in configs)
+    found = ((grouped_kernel(_spec(c, x, out, dual)), c) for c in configs)
     return next(((k, c) for k, c in found if k is not None), (None, None))

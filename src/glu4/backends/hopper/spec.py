@@ -93,23 +93,25 @@ class DecodeSpec:
 
 @dataclass(frozen=True)
 class GroupedSpec:
-    """One grouped Hopper kernel, of gate and up. x, out: "f16" or "bf16"."""
+    """One grouped Hopper kernel. x, out: "f16" or "bf16"; dual: gate and up, or one matrix."""
 
     config: GroupedConfig
     x: str
     out: str
+    dual: bool = True
     arch: str = "sm_90a"
 
     builder: ClassVar[str] = _BUILDER
 
     @classmethod
-    def of(cls, config: GroupedConfig, x: torch.dtype, out: torch.dtype) -> GroupedSpec:
-        return cls(config, _TYPES[x], _TYPES[out])
+    def of(cls, config: GroupedConfig, x: torch.dtype, out: torch.dtype, dual: bool = True) -> GroupedSpec:
+        return cls(config, _TYPES[x], _TYPES[out], dual)
 
     @property
     def name(self) -> str:
         """As `KernelSpec.name`."""
-        return f"sm90_grouped_dual_gemm_w4a16_{self.x}_{self.out}_{self.config.name}"
+        operation = "dual_gemm" if self.dual else "linear"
+        return f"sm90_grouped_{operation}_w4a16_{self.x}_{self.out}_{self.config.name}"
 
     @property
     def key(self) -> str:
@@ -122,7 +124,7 @@ class GroupedSpec:
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> GroupedSpec:
         fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in d["config"].items()}
-        return cls(GroupedConfig(**fields), d["x"], d["out"], d["arch"])
+        return cls(GroupedConfig(**fields), d["x"], d["out"], d["dual"], d["arch"])
 
 
 Spec = KernelSpec | GroupedSpec | DecodeSpec
@@ -135,11 +137,13 @@ def spec_from_dict(d: dict[str, Any]) -> Spec:
     return KernelSpec.from_dict(d) if "config" in d else DecodeSpec(**d)
 
 
-def shipped_grouped() -> list[Spec]:
-    """Every kernel for mixtures of experts that the dispatch can choose, and what decodes tokens for them."""
+def shipped_grouped(dual: bool | None = None) -> list[Spec]:
+    """Every kernel for mixtures of experts that the dispatch can choose, of one operation only if `dual` says which, and what
+    decodes tokens for them."""
     types = ("f16", "bf16")
-    kernels = [GroupedSpec(c, x, out) for x in types for out in types for c in GROUPED_SHIPPED]
-    return [*kernels, *gathering(), DecodeSpec()]
+    operations = (True, False) if dual is None else (dual,)
+    kernels = [GroupedSpec(c, x, out, d) for d in operations for x in types for out in types for c in GROUPED_SHIPPED]
+    return [*kernels, *(gathering() if True in operations else ()), DecodeSpec()]  # of one matrix, rows come sorted
 
 
 def gathering() -> list[Spec]:
