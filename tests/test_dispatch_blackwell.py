@@ -32,6 +32,7 @@ from glu4 import (
 )
 from glu4.backends.blackwell import launch, moe_launch
 from glu4.backends.blackwell.moe_spec import MoeSpec, TileSpec
+from glu4.backends.routing import spec as routing
 from glu4.compiled import store
 from operands import full_range
 
@@ -385,7 +386,7 @@ def test_kernels_are_compiled_at_first_use_where_that_is_possible(
         assert "not compiled yet; the first call compiles them" in str(explain(GroupedProblem(5, 2, 8, 32), "cpu"))
         offsets = torch.tensor([0, 3, 5], dtype=torch.int32)
         grouped_dual_gemm(x, pair(2, 8, 32), offsets, out_dtype=F16, backend="blackwell")
-        assert made == [*moe_launch.shipped(arch, True), *moe_launch.shipped_tiles(arch)]
+        assert made == [*moe_launch.shipped(arch, True), *moe_launch.shipped_tiles(arch), *routing.shipped(arch)]
         told = f"compiling {len(made)} grouped_dual_gemm kernels, once (glu4 compile --arch {arch} does it"
         assert told in capsys.readouterr().err
 

@@ -48,6 +48,8 @@ def test_the_order_is_that_of_a_plain_loop(ids: list[list[int]], count: int, dty
     order, offsets = sorted_by_hand(ids, count)
     assert (routing.order.tolist(), routing.group_offsets.tolist()) == (order, offsets)
     assert (routing.order.dtype, routing.group_offsets.dtype) == (torch.int64, torch.int32)
+    assert routing.places is not None
+    assert routing.places[routing.order].tolist() == list(range(len(order)))
 
 
 @pytest.mark.parametrize("extreme", [2**31 - 1, -(2**31)])

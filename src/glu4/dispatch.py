@@ -17,6 +17,8 @@ from glu4.backends.hopper import launch as hopper
 from glu4.backends.hopper.config import SHIPPED, legal
 from glu4.backends.hopper.grouped_config import GROUPED_SHIPPED, grouped_legal
 from glu4.backends.hopper.spec import shipped, shipped_grouped
+from glu4.backends.routing import launch as routing_launch
+from glu4.backends.routing import spec as routing
 from glu4.compiled import store
 from glu4.errors import UnsupportedError
 from glu4.problem import GroupedProblem, Problem
@@ -139,9 +141,9 @@ def _compile_grouped(dual: bool, arch: str = "") -> str | None:
     """As `_compile`, of the kernels for mixtures of experts."""
     if not _can_compile():
         return _not_compiled(arch)
-    specs: Sequence[store.Spec] = shipped_grouped(dual)
+    specs: list[store.Spec] = [*shipped_grouped(dual), *routing.shipped("sm_90a")]
     if arch:
-        specs = [*moe_launch.shipped(arch, dual), *moe_launch.shipped_tiles(arch)]
+        specs = [*moe_launch.shipped(arch, dual), *moe_launch.shipped_tiles(arch), *routing.shipped(arch)]
     return _compile_all(specs, "grouped_dual_gemm" if dual else "grouped_linear", arch)
 
 
@@ -165,6 +167,7 @@ def _compile_all(specs: Sequence[store.Spec], operation: str, arch: str) -> str 
         grouped_launch.forget()
         blackwell.forget()
         moe_launch.forget()
+        routing_launch.forget()
     return None
 
 
@@ -182,6 +185,11 @@ def _portable_reason(problem: Problem | GroupedProblem, device: torch.device) ->
     if isinstance(problem, GroupedProblem):
         reason += "; reads group_offsets on the host, so it synchronises and cannot be captured in a CUDA graph"
     return reason
+
+
+def every_kernel(arch: str = "sm_90a") -> list[store.Spec]:
+    """All that can be chosen on an architecture, by `select` or around a mixture of experts: what `glu4 compile` compiles."""
+    return [*(shipped() if arch == "sm_90a" else moe_launch.all_shipped(arch)), *routing.shipped(arch)]
 
 
 def explain(problem: Problem | GroupedProblem, device: torch.device | str = "cpu") -> Explanation:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from glu4 import ops
 from glu4.activation import SILU, Activation
+from glu4.backends.routing import launch as routing_launch
+from glu4.eager import ordinary
 from glu4.nvfp4 import NVFP4Tensor
 from glu4.weights import GatedWeights
 
@@ -31,10 +33,12 @@ class Routing(NamedTuple):
     order          int64 `[T * top_k]`: row r belongs to token order[r] // top_k and is its choice order[r] % top_k. Rows of one
                    expert keep the order of their tokens; choices of no expert here come last
     group_offsets  int32 `[E + 1]`: rows group_offsets[e] to group_offsets[e + 1] are expert e's
+    places         int64 `[T * top_k]`, the inverse of order: the row of each choice; None: made of `order` where it is needed
     """
 
     order: Tensor
     group_offsets: Tensor
+    places: Tensor | None = None
 
 
 def sort_by_expert(topk_ids: Tensor, experts: int) -> Routing:
@@ -48,12 +52,27 @@ def sort_by_expert(topk_ids: Tensor, experts: int) -> Routing:
         raise TypeError(f"topk_ids: expected int32 or int64, got {topk_ids.dtype}")
     if topk_ids.ndim != 2:
         raise ValueError(f"topk_ids: expected [T, top_k], got shape {list(topk_ids.shape)}")
-    ids = topk_ids.flatten()
+    ids = topk_ids.flatten().contiguous()
+    order, places = (torch.empty(ids.shape, dtype=torch.int64, device=ids.device) for _ in range(2))
+    offsets = torch.empty(experts + 1, dtype=torch.int32, device=ids.device)
+    (_run_sort if ordinary((ids,)) else _sort)(order, places, offsets, ids, experts)
+    return Routing(order, offsets, places)
+
+
+def _run_sort(order: Tensor, places: Tensor, offsets: Tensor, ids: Tensor, experts: int) -> None:
+    if routing_launch.sorts(ids.device, ids.numel(), experts):
+        routing_launch.sort(ids, experts, order, places, offsets)
+        return
     # 0 <= id < experts, the rest as one more expert behind them
     keys = torch.where((ids < 0) | (ids >= experts), experts, ids).to(torch.int32)
-    found, order = torch.sort(keys, stable=True)
+    found, _ = torch.sort(keys, stable=True, out=(torch.empty_like(keys), order))
     edges = torch.arange(experts + 1, dtype=torch.int32, device=ids.device)
-    return Routing(order, torch.searchsorted(found, edges, out_int32=True))
+    torch.searchsorted(found, edges, out_int32=True, out=offsets)
+    places.copy_(_inverse(order))
+
+
+def _inverse(order: Tensor) -> Tensor:
+    return torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
 
 
 def _check_tokens(x: Tensor | NVFP4Tensor, topk_ids: Tensor, weights: GatedWeights) -> None:
@@ -120,10 +139,35 @@ def moe_combine(y: Tensor, routing: Routing, topk_weights: Tensor, *, out_dtype:
             f"y, topk_weights: expected [T * top_k, H] and [T, top_k] with T * top_k = {routing.order.shape[0]}, "
             f"got {list(y.shape)} and {list(topk_weights.shape)}"
         )
-    tokens, top_k = topk_weights.shape
-    order, last = routing.order, routing.group_offsets[-1]
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
-    rows = y.index_select(0, place).float() * topk_weights.flatten().float().unsqueeze(-1)
+    places = _inverse(routing.order) if routing.places is None else routing.places
+    out = y.new_empty((topk_weights.shape[0], y.shape[1]), dtype=out_dtype or y.dtype)
+    last = routing.group_offsets[-1:]
+    if torch.is_grad_enabled() and (y.requires_grad or topk_weights.requires_grad):
+        return _combined(y, places, topk_weights, last).to(out.dtype)
+    (_run_combine if ordinary((y, places, topk_weights, last)) else _combine)(out, y, places, topk_weights, last)
+    return out
+
+
+def _run_combine(out: Tensor, y: Tensor, places: Tensor, topk_weights: Tensor, last: Tensor) -> None:
+    if routing_launch.combines(y, out.dtype):
+        routing_launch.combine(y.contiguous(), places, topk_weights.float().contiguous(), last, out)
+    else:
+        out.copy_(_combined(y, places, topk_weights, last))
+
+
+def _combined(y: Tensor, places: Tensor, topk_weights: Tensor, last: Tensor) -> Tensor:
+    """The same by torch's operations, in float32."""
+    rows = y.index_select(0, places).float() * topk_weights.flatten().float().unsqueeze(-1)
     # rows of skipped choices are uninitialised: zero times NaN would be NaN
-    rows = torch.where((place < last).unsqueeze(-1), rows, 0.0)
-    return rows.view(tokens, top_k, y.shape[1]).sum(1).to(out_dtype or y.dtype)
+    rows = torch.where((places < last).unsqueeze(-1), rows, 0.0)
+    return rows.view(*topk_weights.shape, y.shape[1]).sum(1)
+
+
+def _fills(*_: object) -> None:
+    """The fake of both operators: they write tensors whose metadata the caller already knows."""
+
+
+_sort = torch.library.custom_op("glu4::sort_by_expert", _run_sort, mutates_args=("order", "places", "offsets"))
+_combine = torch.library.custom_op("glu4::moe_combine", _run_combine, mutates_args=("out",))
+for _operator in (_sort, _combine):
+    _operator.register_fake(_fills)

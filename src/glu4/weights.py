@@ -17,6 +17,7 @@ from glu4.backends.hopper import grouped_launch
 from glu4.backends.hopper import launch as hopper
 from glu4.backends.hopper.direct import Direct
 from glu4.backends.hopper.pack import UNIT_WORDS, pack_gated, pack_matrix, unpack_gated, unpack_matrix
+from glu4.backends.routing import launch as routing_launch
 from glu4.errors import UnsupportedError
 from glu4.nvfp4 import BLOCK, NVFP4Tensor, _unchecked
 
@@ -197,6 +198,7 @@ class _Weights:
         stacked = len(self.shape) == 3
         if stacked:
             grouped_launch.load(dual, self.packed.get_device())
+            routing_launch.load(self.device)
         if not stacked or not dual:
             hopper.load(dual, self.packed)
         self._connect()
@@ -207,6 +209,7 @@ class _Weights:
         blackwell.load(len(self._names) == 2, self.outlines[0])
         if len(self.shape) == 3:
             moe_launch.load(self.outlines[0], len(self._names) == 2)
+            routing_launch.load(self.device)
         self._connect()
 
     def remember_arranged(self) -> None:

@@ -13,12 +13,10 @@ from typer.testing import CliRunner
 import glu4
 from fake_blackwell import fake_blackwell
 from glu4 import dispatch
-from glu4.backends.blackwell import moe_launch
 from glu4.backends.hopper import tuned
-from glu4.backends.hopper.spec import shipped
 from glu4.cli import app, doctor, output
 from glu4.compiled import store
-from glu4.dispatch import Candidate, Explanation
+from glu4.dispatch import Candidate, Explanation, every_kernel
 from glu4.nvfp4 import NVFP4Tensor
 
 RUNNER = CliRunner()
@@ -123,18 +121,18 @@ def hints_on_a_hopper_gpu() -> list[str]:
 
 
 def test_kernels_are_counted_and_the_missing_ones_named(own_cache):
-    for spec in shipped()[:-2]:
+    for spec in every_kernel()[:-2]:
         store.write(own_cache, spec, b"cubin", {})
-    store.write(store.packaged_directory(), shipped()[0], b"cubin", {})
-    damaged = store.file_of(own_cache, shipped()[3])
+    store.write(store.packaged_directory(), every_kernel()[0], b"cubin", {})
+    damaged = store.file_of(own_cache, every_kernel()[3])
     damaged.write_bytes(damaged.read_bytes()[:-1])
     outdated = own_cache / "sm90_dual_gemm_of_another_version-0123.kernel"
     outdated.write_bytes(b"")
     result = RUNNER.invoke(app, ["doctor"])
     assert result.exit_code == 0, result.output
-    count = len(shipped())
+    count = len(every_kernel())
     assert f"{count} shipped; 1 in the package, {count - 4} in the cache, 3 missing, 1 damaged" in result.stdout
-    assert f"missing: {shipped()[3].name}, {shipped()[-2].name}, {shipped()[-1].name}\n" in result.stdout
+    assert f"missing: {every_kernel()[3].name}, {every_kernel()[-2].name}, {every_kernel()[-1].name}\n" in result.stdout
     assert f"kernel cache: {own_cache} (can be written)" in result.stdout
     assert f"hint: damaged kernel files are not loaded, and glu4 compile replaces them: {damaged}" in result.stdout
     assert f"hint: kernel files of another version of glu4, which may be deleted: {outdated}\n" in result.stdout
@@ -145,7 +143,7 @@ def test_kernels_are_counted_and_the_missing_ones_named(own_cache):
 
 
 def test_a_hopper_gpu_without_kernels_is_told_the_command(own_cache, monkeypatch):
-    count = f"{len(shipped())} of {len(shipped())} Hopper kernels are not compiled"
+    count = f"{len(every_kernel())} of {len(every_kernel())} Hopper kernels are not compiled"
     wheel = "or install a wheel of glu4 that carries them"
     install = "pip install nvidia-cutlass-dsl==4.8.1"
     monkeypatch.setattr(store, "installed_dsl", lambda: store.DSL_VERSION)
@@ -159,7 +157,7 @@ def test_a_hopper_gpu_without_kernels_is_told_the_command(own_cache, monkeypatch
     own_cache.write_text("a file")
     monkeypatch.setenv("GLU4_CACHE_DIR", str(own_cache))
     assert f"{place} ({own_cache} is not a directory), then" in hints_on_a_hopper_gpu()[0]
-    for spec in shipped():
+    for spec in every_kernel():
         store.write(store.packaged_directory(), spec, b"cubin", {})
     assert hints_on_a_hopper_gpu() == []
 
@@ -169,7 +167,7 @@ def blackwell_hints(*architectures: str | None) -> list[str]:
 
 
 def test_a_blackwell_gpu_without_kernels_is_told_the_command(own_cache, monkeypatch):
-    specs = moe_launch.all_shipped("sm_103a")
+    specs = every_kernel("sm_103a")
     wheel = "or install a wheel of glu4 that carries them"
     monkeypatch.setattr(store, "installed_dsl", lambda: store.DSL_VERSION)
     assert blackwell_hints(None) == []
@@ -192,7 +190,7 @@ def test_a_blackwell_gpu_without_kernels_is_told_the_command(own_cache, monkeypa
 def test_a_blackwell_device_made_of_python_has_its_line_its_hint_and_its_self_test(own_cache, monkeypatch):
     """Without kernels the portable backend runs there."""
     monkeypatch.setattr(store, "installed_dsl", lambda: store.DSL_VERSION)
-    count = len(moe_launch.all_shipped("sm_100a"))
+    count = len(every_kernel("sm_100a"))
     line = f"Blackwell kernels (sm_100a): {count} shipped; 0 in the package, 0 in the cache, "
     with fake_blackwell(monkeypatch, found=lambda spec: None):
         result = RUNNER.invoke(app, ["doctor"])

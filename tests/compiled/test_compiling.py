@@ -19,6 +19,7 @@ from glu4 import UnsupportedError
 from glu4.backends.hopper.spec import GroupedSpec, KernelSpec, shipped
 from glu4.compiled import store
 from glu4.compiled.cubin import resources
+from glu4.dispatch import every_kernel
 
 SPEC = shipped()[0]
 TESTS = str(Path(__file__).parents[1])
@@ -69,6 +70,39 @@ def test_processes_share_the_work_four_kernels_or_more_each(tmp_path: Path, jobs
     assert store.compile_missing(specs, jobs=jobs) == 12
     assert begun(tmp_path) == sorted(s.name for s in specs)
     assert len({line.split()[1] for line in (tmp_path / "log").read_text().splitlines()}) == processes
+
+
+def test_each_kernel_is_compiled_by_its_own_builder() -> None:
+    """Blackwell's set is of three builders, each of which would read the others' kernels as something else."""
+    specs = every_kernel("sm_100a")
+    for jobs in (1, 2, 5):
+        parts = store._parts(specs, jobs)
+        assert all(len({s.builder for s in part}) == 1 for part in parts)
+        assert sorted(s.name for part in parts for s in part) == sorted(s.name for s in specs)
+    assert len({s.builder for s in specs}) == 3
+
+
+def test_a_builder_that_leaves_kernels_undone_is_an_error(tmp_path: Path) -> None:
+    class Forgotten(SlowSpec):
+        builder = "this"  # a module that does nothing
+
+    specs = [*slow(tmp_path, 2), Forgotten("other", str(tmp_path / "log"), 0.0)]
+    with pytest.raises(UnsupportedError, match="compiling left 1 of 3 kernels undone: other"):
+        store.compile_missing(specs)
+
+
+@pytest.mark.slow
+def test_blackwells_kernels_of_every_builder(tmp_path: Path, own_cache: Path) -> None:
+    pytest.importorskip("cutlass")
+    every = every_kernel("sm_100a")
+    specs = [next(s for s in every if type(s) is kind) for kind in dict.fromkeys(type(s) for s in every)]
+    assert len(specs) == 5
+    assert store.compile_missing(specs, jobs=2) == 5
+    for spec in specs:
+        found = store.find(spec)
+        assert found is not None
+        assert found[1]["spec"] == spec.to_dict()
+        assert resources(found[0])[1] == 0
 
 
 PROCESS = """

@@ -60,11 +60,9 @@ def command(
 
 
 def _shipped(arch: str) -> Sequence[Spec]:
-    """Every kernel that the dispatch can choose on an architecture."""
-    from glu4.backends.blackwell import moe_launch
-    from glu4.backends.hopper.spec import shipped
+    from glu4.dispatch import every_kernel
 
-    return shipped() if arch == "sm_90a" else moe_launch.all_shipped(arch)
+    return every_kernel(arch)
 
 
 def _say_waiting() -> None:

@@ -130,12 +130,12 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 def _kernels() -> dict[str, Any]:
     """The compiled kernels that there are and are not, and what could be done about it."""
-    from glu4.backends.hopper.spec import shipped
     from glu4.compiled import store
+    from glu4.dispatch import every_kernel
 
     cache = store.cache_directory()
     return {
-        **_inventory(shipped()),
+        **_inventory(every_kernel()),
         "cache_directory": None if cache is None else str(cache),
         "cache_problem": "the cache is off" if cache is None else store.unwritable(cache),
         "compiler": store.installed_dsl(),
@@ -145,11 +145,12 @@ def _kernels() -> dict[str, Any]:
 
 def _blackwell_kernels(architectures: Sequence[str | None]) -> dict[str, dict[str, Any]]:
     """By target, the same of the Blackwell kernels: of the devices that there are, or else of the first target."""
-    from glu4.backends.blackwell import launch, moe_launch
+    from glu4.backends.blackwell import launch
+    from glu4.dispatch import every_kernel
 
     there = dict.fromkeys(arch for arch in architectures if arch is not None)
     targets = list(there) or [next(iter(launch.ARCHITECTURES.values()))]
-    return {arch: _inventory(moe_launch.all_shipped(arch)) | {"device": arch in there} for arch in targets}
+    return {arch: _inventory(every_kernel(arch)) | {"device": arch in there} for arch in targets}
 
 
 def _inventory(specs: Sequence[Spec]) -> dict[str, Any]:

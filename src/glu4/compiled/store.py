@@ -251,6 +251,9 @@ def compile_missing(
         if missing:
             _check_dsl()
             _compile(missing, target, jobs, on_done)
+            left = _missing(missing, target, True)
+            if left:
+                raise UnsupportedError(f"compiling left {len(left)} of {len(missing)} kernels undone: {left[0].name}")
         return len(missing)
 
 
@@ -314,7 +317,7 @@ def _only_one(target: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 
 
 def _compile(specs: Sequence[Spec], target: Path, jobs: int | None, on_done: Callable[[str], None]) -> None:
-    jobs = max(1, min(jobs or os.cpu_count() or 1, len(specs) // _KERNELS_A_PROCESS))
+    jobs = max(1, jobs or os.cpu_count() or 1)
     one_at_a_time = threading.Lock()
 
     def report(name: str) -> None:
@@ -322,10 +325,22 @@ def _compile(specs: Sequence[Spec], target: Path, jobs: int | None, on_done: Cal
             on_done(name)
 
     with ThreadPoolExecutor(jobs) as pool:
-        failures = list(pool.map(lambda part: _run_builder(part, target, report), [specs[i::jobs] for i in range(jobs)]))
+        failures = list(pool.map(lambda part: _run_builder(part, target, report), _parts(specs, jobs)))
     errors = next((e for e in failures if e is not None), None)
     if errors is not None:
         raise UnsupportedError(_failure(errors))
+
+
+def _parts(specs: Sequence[Spec], jobs: int) -> list[list[Spec]]:
+    """What a process each compiles: kernels of one builder, as many processes of it as jobs where there are enough."""
+    by_builder: dict[str, list[Spec]] = {}
+    for spec in specs:
+        by_builder.setdefault(spec.builder, []).append(spec)
+    parts = []
+    for own in by_builder.values():
+        count = max(1, min(jobs, len(own) // _KERNELS_A_PROCESS))
+        parts += [own[i::count] for i in range(count)]
+    return parts
 
 
 def _run_builder(specs: Sequence[Spec], target: Path, on_done: Callable[[str], None]) -> str | None:

@@ -1,0 +1,71 @@
+"""What identifies the kernels that sort a router's choices and combine results, and a hash of their sources."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from glu4.compiled.sources import kernel_key
+
+__all__ = ["MAX_KEYS", "SORT_BYTES", "WARPS", "CombineSpec", "SortSpec", "shipped", "spec_from_dict"]
+
+WARPS = 32
+MAX_KEYS = 1024  # experts, and one more for choices of none: a thread each
+SORT_BYTES = 4 * WARPS * (MAX_KEYS + 1)
+_SOURCES = tuple(f"backends/routing/{name}.py" for name in ("sort_tokens", "combine_tokens", "spec", "build"))
+_BUILDER = "glu4.backends.routing.build"  # the module that compiles these, run in a process of its own
+
+
+@dataclass(frozen=True)
+class SortSpec:
+    """The kernel that sorts. arch: "sm_90a", "sm_100a" or "sm_103a"."""
+
+    arch: str
+
+    builder: ClassVar[str] = _BUILDER
+
+    @property
+    def name(self) -> str:
+        """As DESIGN has it: architecture, then what it does."""
+        return f"{self.arch.rstrip('a').replace('_', '')}_sort_tokens"
+
+    @property
+    def key(self) -> str:
+        """Sources, architecture and tool version, as 16 hexadecimal digits."""
+        return kernel_key(self.name, self.arch, _SOURCES)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CombineSpec:
+    """The kernel that combines rows of one type. dtype: "f16" or "bf16"; arch: as of SortSpec."""
+
+    dtype: str
+    arch: str
+
+    builder: ClassVar[str] = _BUILDER
+
+    @property
+    def name(self) -> str:
+        """As `SortSpec.name`, and the type."""
+        return f"{self.arch.rstrip('a').replace('_', '')}_combine_tokens_{self.dtype}"
+
+    @property
+    def key(self) -> str:
+        """As `SortSpec.key`."""
+        return kernel_key(self.name, self.arch, _SOURCES)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def spec_from_dict(d: dict[str, Any]) -> SortSpec | CombineSpec:
+    """What either kind's `to_dict` wrote."""
+    return CombineSpec(**d) if "dtype" in d else SortSpec(**d)
+
+
+def shipped(arch: str) -> list[SortSpec | CombineSpec]:
+    """Every kernel of an architecture."""
+    return [SortSpec(arch), CombineSpec("f16", arch), CombineSpec("bf16", arch)]

@@ -1,0 +1,18 @@
+"""Kernels that the tests of this folder compile, where CuTe DSL is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from backends.routing.routed import Made, compiled
+
+
+@pytest.fixture(scope="session", params=["sm_90a", "sm_100a"])
+def kernels(request: pytest.FixtureRequest) -> dict[str, Made]:
+    """By name. The files stay from run to run, in pytest's cache."""
+    if importlib.util.find_spec("cutlass") is None:
+        pytest.skip("needs CuTe DSL to compile the kernels")
+    assert request.config.cache is not None
+    return compiled(request.config.cache.mkdir("routing"), request.param)

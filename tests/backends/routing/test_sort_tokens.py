@@ -1,0 +1,126 @@
+"""The kernel that sorts a router's choices, in the emulator, against a plain loop."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from backends.blackwell.test_group_gemm import TWENTY
+from backends.routing.routed import Made, device, run
+from glu4.backends.routing import launch
+from glu4.backends.routing.spec import MAX_KEYS, SORT_BYTES
+from glu4.compiled.cubin import resources
+from glu4.emulator.capture import capture, pointer, scalar
+from glu4.emulator.launch import load
+from glu4.moe import sort_by_expert
+from test_moe import sorted_by_hand
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def sort(kernels: dict[str, Made], ids: Tensor, experts: int, **options: Any) -> list[str]:
+    """What is wrong: hazards, the order, its inverse, the offsets."""
+    with device(kernels) as recorder:
+        routing = sort_by_expert(ids, experts)
+    ((_, launched),) = recorder.launches
+    assert routing.places is not None
+    memory = {"ids": ids, "order": routing.order, "places": routing.places, "offsets": routing.group_offsets}
+    result, found = run(kernels["sort_tokens"], launched, memory, **{"schedule_name": "random", "seed": 1, **options})
+    order, offsets = sorted_by_hand(ids.tolist(), experts)
+    findings = [str(h) for h in result.report.hazards]
+    findings += ["order"] * (found["order"].tolist() != order)
+    findings += ["places"] * (found["places"][found["order"].clamp(0, len(order) - 1)].tolist() != list(range(len(order))))
+    return findings + ["offsets"] * (found["offsets"].tolist() != offsets)
+
+
+def draw(seed: int, tokens: int, top_k: int, low: int, high: int, dtype: torch.dtype) -> Tensor:
+    return torch.randint(low, high, (tokens, top_k), generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+CASES = [
+    (1, 1, 1, torch.int32), (1, 8, 128, torch.int64), (64, 8, 128, torch.int32), (37, 3, 5, torch.int64), (1000, 1, 1, torch.int32),
+    (700, 10, 300, torch.int64), (260, 4, 1023, torch.int32), (4100, 2, 2, torch.int32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts", "dtype"), CASES)
+def test_any_routing(kernels: dict[str, Made], tokens: int, top_k: int, experts: int, dtype: torch.dtype) -> None:
+    """Ids below 0 and above the experts among them, one choice and thousands, one expert and as many as there may be."""
+    assert not sort(kernels, draw(1, tokens, top_k, -2, experts + 2, dtype), experts)
+
+
+def test_ids_at_the_ends_of_their_type_are_no_experts(kernels: dict[str, Made]) -> None:
+    ends = [[2**63 - 1, -(2**63), 2**32], [2**32 + 1, 1, -(2**32)], [0, 2**31, 2]]
+    assert not sort(kernels, torch.tensor(ends), 3)
+    assert not sort(kernels, torch.tensor([[2**31 - 1, 1], [-(2**31), 0]], dtype=torch.int32), 2)
+
+
+def test_all_choose_one_expert(kernels: dict[str, Made]) -> None:
+    for chosen in (-1, 0, 6, 7):
+        assert not sort(kernels, torch.full((333, 2), chosen), 7)
+
+
+@pytest.mark.parametrize("schedule", TWENTY, ids=str)
+def test_twenty_schedules(kernels: dict[str, Made], schedule: tuple[str, int]) -> None:
+    ids = draw(2, 150, 8, -1, 33, torch.int64)
+    assert not sort(kernels, ids, 32, schedule_name=schedule[0], seed=schedule[1])
+
+
+# pattern, what it becomes, how many of its places are spared, what must be found
+FAULTS = {
+    "no wait for the kernel in front": (r"griddepcontrol\.wait.*", "", 0, "data race"),
+    "no barrier before the sums": (r"bar(rier)?\.(cta\.)?sync.*", "", 0, "data race"),
+    "no barrier before the sums of warps": (r"bar(rier)?\.(cta\.)?sync.*", "", 1, "data race"),
+    "no barrier before the places": (r"bar(rier)?\.(cta\.)?sync.*", "", 2, "data race"),
+    "no meeting of lanes before a count": (r"bar\.warp\.sync.*", "", 1, "data race"),
+    "lanes of another expert counted": (r"(match\.any\.sync\.b32\s+%\w+, )%\w+,", r"\g<1>0,", 0, "order"),
+    "high words are not read": (r"setp\.(eq|ne)\.b32\s+(%\w+), (%\w+), 2;", r"setp.\1.b32 \2, \3, 7;", -1, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(kernels: dict[str, Made], fault: str) -> None:
+    pattern, new, spared, kind = FAULTS[fault]
+    text = kernels["sort_tokens"].ptx
+    places = list(re.finditer(pattern, text))
+    for place in places if spared < 0 else places[spared : spared + 1]:
+        text = text.replace(place[0], place.expand(new)) if spared < 0 else (
+            text[: place.start()] + place.expand(new) + text[place.end() :])  # fmt: skip
+    ids = draw(3, 200, 8, -1, 33, torch.int64)
+    ids[5, 3] = 2**32 + 4
+    assert not sort(kernels, ids, 32)
+    assert text != kernels["sort_tokens"].ptx
+    found = sort(kernels, ids, 32, program=load(text))
+    assert found
+    assert any(kind in f for f in found), found
+
+
+def test_what_torch_sorts_instead(kernels: dict[str, Made]) -> None:
+    cpu = torch.device("cpu")
+    with device(kernels):
+        assert launch.sorts(cpu, 1, MAX_KEYS - 1)
+        assert launch.sorts(cpu, launch.MOST_CHOICES, 128)
+        assert not launch.sorts(cpu, 0, 128)
+        assert not launch.sorts(cpu, launch.MOST_CHOICES + 1, 128)
+        assert not launch.sorts(cpu, 512, MAX_KEYS)
+        assert sort_by_expert(torch.zeros((0, 2), dtype=torch.int64), 3).group_offsets.tolist() == [0] * 4
+    assert not launch.sorts(cpu, 512, 128), "no kernel runs on a CPU"
+
+
+def test_parameters_are_those_of_the_host_code(kernels: dict[str, Made]) -> None:
+    made = kernels["sort_tokens"]
+    given = [pointer(0x7000_0000_0000 + (i << 36)) for i in range(4)] + [scalar("i32", v) for v in (80, 2, 5)] + [pointer(0)]
+    (theirs,) = capture(made.file(".o"), made.ptx, given)
+    with device(kernels) as recorder:
+        sort_by_expert(draw(4, 10, 8, 0, 5, torch.int64), 5)
+    ((_, ours),) = recorder.launches
+    assert [len(p) for p in ours.params] == [len(p) for p in theirs.params] == made.description["params"]
+    assert ours.params[4:] == theirs.params[4:]
+    assert (ours.grid, ours.block) == (theirs.grid, theirs.block) == ((1, 1, 1), (1024, 1, 1))
+    assert ours.dynamic_smem == theirs.dynamic_smem == SORT_BYTES
+    assert resources(made.file(".cubin").read_bytes()) == (made.description["registers"], 0)
+    assert made.description["registers"] <= 64, "1024 threads have 64 registers each"
