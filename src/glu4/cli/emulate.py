@@ -135,8 +135,6 @@ def command(
         _write_example(example)
         return
     if own is not None:
-        from glu4.cli.tiles import emulate_kernel
-
         used: dict[str, object] = {
             "KERNEL.ptx": kernel,
             "--launch": launch,
@@ -149,8 +147,7 @@ def command(
             [name for name, value in used.items() if value is not None], "of a PTX file, and --kernel names one of glu4's own"
         )
         most = {"max_instructions": max_instructions, "time_limit": time_limit, "memory_limit": int(memory_limit * 2**30)}
-        right = emulate_kernel(own, config, shape, _plan(schedules, schedule, seed), tiles or 2, most, json)
-        raise typer.Exit(0 if right else _FOUND)
+        raise typer.Exit(0 if _own(own, config, shape, _plan(schedules, schedule, seed), tiles or 2, most, json) else _FOUND)
     given = {"--config": config, "--shape": shape, "--tiles": tiles}
     _refuse([name for name, value in given.items() if value is not None], "of --kernel")
     if kernel is None or launch is None:
@@ -188,6 +185,27 @@ def command(
     else:
         _print(runs)
     raise typer.Exit(_FOUND if any(r.hazards for r in runs) else 0)
+
+
+def _own(
+    kernel: str,
+    config: str | None,
+    shape: str | None,
+    plan: list[tuple[str, int]],
+    tiles: int,
+    most: dict[str, Any],
+    json: bool,
+) -> bool:
+    """Compile and emulate one of glu4's own kernels; whether all is right."""
+    from glu4.cli import experts
+    from glu4.cli import tiles as dense
+
+    known = (*dense.KERNELS, *experts.KERNELS)
+    if kernel not in known:
+        raise ValueError(f"--kernel: expected one of {', '.join(known)}, got {kernel!r}")
+    if kernel in experts.KERNELS:
+        return experts.emulate_experts(kernel, config, shape, plan, most, json)
+    return dense.emulate_kernel(kernel, config, shape, plan, tiles, most, json)
 
 
 def _refuse(given: list[str], why: str) -> None:

@@ -151,13 +151,8 @@ def emulate_kernel(
     from glu4.backends.blackwell.config import legal
     from glu4.backends.blackwell.emulation import export
     from glu4.backends.blackwell.spec import KernelSpec
-    from glu4.cli import experts
     from glu4.problem import Problem
 
-    if kernel in experts.KERNELS:
-        return experts.emulate_experts(kernel, config, shape, plan, limits, json)
-    if kernel not in KERNELS:
-        raise ValueError(f"--kernel: expected one of {', '.join((*KERNELS, *experts.KERNELS))}, got {kernel!r}")
     dual, (m, n, k, batch) = KERNELS[kernel], shape_of(shape)
     padded = -(-k // 32) * 32
     chosen = config_of(config, m, n, padded, dual)
