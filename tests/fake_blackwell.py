@@ -105,7 +105,8 @@ class FakeBlackwell(FakeCuda):
 def sizes_of(spec: Any) -> list[int]:
     """Bytes of every parameter."""
     if isinstance(spec, TileSpec):
-        return [struct.calcsize("=" + f) for f in moe_launch.TILE_PARAMETERS]
+        formats = moe_launch.GATHER_PARAMETERS if spec.gather else moe_launch.TILE_PARAMETERS
+        return [struct.calcsize("=" + f) for f in formats]
     return arguments.sizes(spec) if isinstance(spec, KernelSpec) else list(moe_launch.parameters_of(spec.config))
 
 
@@ -240,13 +241,22 @@ def run_experts(launched: Launch) -> None:
 
 def run_tiles(launched: Launch) -> None:
     """Compute what the kernel that numbers tiles would, in memory that it need not have to itself."""
-    tile_n, raw = launched.spec.tile_n, b"".join(launched.parameters)
-    *pointers, stride, rows, experts, most, columns = struct.unpack("=" + "".join(moe_launch.TILE_PARAMETERS), raw)
+    tile_n, count = launched.spec.tile_n, len(moe_launch.TILE_PARAMETERS)
+    raw = [struct.unpack(f"={f}", b)[0] for f, b in zip(moe_launch.GATHER_PARAMETERS, launched.parameters)]
+    *pointers, stride, rows, experts, most, columns = raw[:count]
     assert most == most_tiles(rows, experts, tile_n)
     assert launched.block == (128, 1, 1)
     assert launched.grid == (-(-most * tile_n // 128) * 128 // tile_n, 1, 1)
     offsets = memory(pointers[0], (experts + 1,), (1,), torch.int32)
-    scales = memory(pointers[1], (rows, columns), (stride, 1), torch.uint8).clone().view(torch.float8_e4m3fn)
+    sources = torch.arange(rows)
+    if launched.spec.gather:
+        order_at, codes_at, found_at, top_k, row_bytes = raw[count:]
+        sources = memory(order_at, (rows,), (1,), torch.int64) // top_k
+        codes = memory(codes_at, (rows // top_k, row_bytes), (row_bytes, 1), torch.uint8)
+        assert (codes_at % 16, row_bytes % 16) == (0, 0)
+        memory(found_at, (rows, row_bytes), (row_bytes, 1), torch.uint8).copy_(codes[sources])
+    count = int(sources.max()) + 1
+    scales = memory(pointers[1], (count, columns), (stride, 1), torch.uint8).clone()[sources].view(torch.float8_e4m3fn)
     table = tile_table(offsets, rows, tile_n)
     tiled = tiled_scales(scales, table, tile_n).view(torch.uint8)
     memory(pointers[2], table.shape, (4, 1), torch.int32).copy_(table)

@@ -274,6 +274,24 @@ def test_moe_gate_up(cuda: FakeBlackwell) -> None:
     assert len(cuda.made) == 2
 
 
+@pytest.mark.parametrize("k", [96, 48])
+def test_moe_gate_up_gathers_in_the_launch_that_numbers_tiles(
+    cuda: FakeBlackwell, monkeypatch: pytest.MonkeyPatch, k: int
+) -> None:
+    """And by torch where that kernel is not compiled: the same bits."""
+    stack, tokens = pair(4, 72, k).prepare("cpu"), full_range(3, 6, k)
+    ids = torch.tensor([[0, 2], [3, 2], [-1, 0], [2, 3], [3, 0], [0, 9]])
+    out = torch.full((12, 72), 3.0, dtype=F16)
+    got, _ = moe_gate_up(tokens, ids, stack, out=out)
+    assert [getattr(made.spec, "gather", None) for made in cuda.made] == [True, None]
+    found = store.find
+    monkeypatch.setattr(store, "find", lambda spec: None if getattr(spec, "gather", False) else found(spec))
+    moe_launch.forget()
+    again, _ = moe_gate_up(tokens, ids, stack, out=torch.full((12, 72), 3.0, dtype=F16))
+    assert [getattr(made.spec, "gather", None) for made in cuda.made[2:]] == [False, None]
+    assert torch.equal(again, got)
+
+
 def test_experts_are_not_arranged_while_a_graph_is_captured(cuda: FakeBlackwell, monkeypatch: pytest.MonkeyPatch) -> None:
     import glu4.weights
 

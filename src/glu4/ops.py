@@ -169,14 +169,14 @@ def _run_grouped_dual_gemm(
         problem = replace(problem, rows=order.numel())
     _debug_offsets(group_offsets, problem.rows, check)
     chosen = dispatch.select(problem, out.device, backend or None)
-    if order is not None and chosen != "hopper":
+    if order is not None and chosen == "portable":
         operand = gather_rows(operand, order)
     if chosen == "blackwell":
         assert isinstance(operand, NVFP4Tensor)
         assert matrices is not None, "weights are packed on Hopper GPUs alone"
         if not all(map(blackwell.is_prepared, matrices)):
             dispatch.warn_once(_PACKED_EACH_CALL)
-        moe_launch.grouped(out, operand, matrices, group_offsets, (gate_bias, up_bias), act, problem)
+        moe_launch.grouped(out, operand, matrices, group_offsets, (gate_bias, up_bias), act, problem, order=order)
         return
     if chosen == "hopper":
         if packed is None:

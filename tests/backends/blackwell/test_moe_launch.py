@@ -257,7 +257,7 @@ def test_what_is_shipped() -> None:
     for arch in ("sm_100a", "sm_103a"):
         shipped = moe_launch.shipped(arch)
         assert {(s.arch, s.out) for s in shipped} == {(arch, "f16"), (arch, "bf16")}
-        tiles = [TileSpec(tile_n, arch) for tile_n in (32, 64, 128)]
+        tiles = [TileSpec(tile_n, arch, gather) for gather in (False, True) for tile_n in (32, 64, 128)]
         assert moe_launch.all_shipped(arch) == [*launch.shipped(arch=arch), *shipped, *tiles]
     assert MoeSpec.from_dict(shipped[0].to_dict()) == shipped[0]
     assert len({s.key for s in shipped}) == len(shipped) == 12

@@ -24,6 +24,7 @@ from glu4.compiled.cubin import resources
 from glu4.compiled.store import compile_missing, file_of, read
 from glu4.emulator.capture import capture, pointer, scalar
 from glu4.emulator.launch import load
+from glu4.moe import sort_by_expert
 
 if importlib.util.find_spec("cutlass") is None:
     pytest.skip("needs CuTe DSL to compile the Blackwell kernels", allow_module_level=True)
@@ -41,7 +42,8 @@ class TileKernels(ExportedKernels):
 
 @pytest.fixture(scope="module")
 def kernels(compiled: Path) -> TileKernels:
-    return TileKernels({str(n): TileSpec(n) for n in SIZES}, compiled)
+    specs = {str(n): TileSpec(n) for n in SIZES} | {f"gather {n}": TileSpec(n, gather=True) for n in SIZES}
+    return TileKernels(specs, compiled)
 
 
 def scales(seed: int, rows: int, columns: int) -> Tensor:
@@ -58,6 +60,8 @@ def wrong(call: TileCall, schedule: tuple[str, int] = ("random", 1), **options: 
     findings = [str(h) for h in result.report.hazards]
     findings += ["table"] * (not torch.equal(table[:count], expected_table[:count]))
     findings += ["rows of tiles that are not there"] * bool(table[count:].any())
+    if call.unsorted is not None:
+        findings += ["codes"] * (not torch.equal(call.memory["found"], call.expected_codes()))
     return findings + ["scales"] * (not torch.equal(tiled, expected_scales))
 
 
@@ -130,6 +134,46 @@ def test_nobody_has_a_row(kernels: TileKernels) -> None:
     assert not wrong(TileCall(kernels["32"], [0, 0, 0], scales(6, 40, 8)))
 
 
+# ---- the gather ----
+
+
+def routed(seed: int, tokens: int, top_k: int, experts: int) -> tuple[Tensor, list[int]]:
+    """(order `[T, top_k]`, offsets) of random choices, some of no expert."""
+    ids = torch.randint(-1, experts, (tokens, top_k), generator=torch.Generator().manual_seed(seed))
+    routing = sort_by_expert(ids, experts)
+    return routing.order.view(tokens, top_k), routing.group_offsets.tolist()
+
+
+@pytest.mark.parametrize("tile_n", SIZES)
+@pytest.mark.parametrize(("tokens", "top_k", "columns"), [(60, 3, 8), (1, 8, 4), (33, 1, 5), (20, 8, 34)])
+def test_rows_are_found_by_their_index(kernels: TileKernels, tile_n: int, tokens: int, top_k: int, columns: int) -> None:
+    """Scales and codes, by words and by bytes, of K up to 544; rows of no expert are not written."""
+    order, offsets = routed(1, tokens, top_k, 5)
+    codes = scales(2, tokens, -(-columns // 2) * 16)
+    call = TileCall(kernels[f"gather {tile_n}"], offsets, scales(3, tokens, columns), unsorted=(order, codes))
+    for schedule in (("lazy", 0), ("random", 1)):
+        assert not wrong(call, schedule)
+
+
+@pytest.mark.parametrize("offsets", [[0, 3, 1, 12], [0, 99, 100, 101], [-5, 2, 4, 9], [4, 3, 2, 1]], ids=str)
+def test_wrong_offsets_gather_nothing_outside(kernels: TileKernels, offsets: list[int]) -> None:
+    """Where two experts have one row, both write what it is."""
+    order, _ = routed(2, 7, 2, 3)
+    call = TileCall(kernels["gather 32"], offsets, scales(4, 7, 8), unsorted=(order, scales(5, 7, 64)))
+    assert [f for f in wrong(call) if "data race" not in f] == []
+
+
+def test_another_token_is_found(kernels: TileKernels) -> None:
+    order, offsets = routed(3, 30, 2, 4)
+    call = TileCall(kernels["gather 64"], offsets, scales(6, 30, 8), unsorted=(order, scales(7, 30, 64)))
+    assert not wrong(call)
+    other = TileCall(call.kernel, offsets, call.scales, unsorted=(order.roll(1, 0), call.unsorted[1]))  # type: ignore[index]
+    found = other.run()
+    expected = call.expected()
+    assert not torch.equal(found[2], expected[1])
+    assert not torch.equal(other.memory["found"], call.expected_codes())
+
+
 # ---- faults: pattern, what it becomes, before which line (the last match ahead of it), what is found ----
 
 FAULTS = {
@@ -173,7 +217,7 @@ def test_parameters_are_those_of_the_host_code(kernels: TileKernels) -> None:
         kernel, call = kernels[str(n)], TileCall(kernels[str(n)], [0, 3, 3, 70, 130], scales(9, 140, 12), 16)
         most = most_tiles(140, 4, n)
         given = [pointer(0x7000_0000_0000 + (i << 36)) for i in range(4)] + [scalar("i64", 16)]
-        given += [scalar("i32", v) for v in (140, 4, most, 12)] + [pointer(0)]
+        given += [scalar("i32", v) for v in (140, 4, most, 12, 0, 0)] + [pointer(0)]
         (launched,) = capture(kernel.file(".o"), kernel.ptx, given)
         seen: dict[str, Any] = {}
         call.run(ctas=[0], change=seen.update)
@@ -182,6 +226,24 @@ def test_parameters_are_those_of_the_host_code(kernels: TileKernels) -> None:
         assert launched.grid == tuple(seen["grid"]) == (-(-most * n // 128) * 128 // n, 1, 1)
         assert launched.block == tuple(seen["block"]) == (128, 1, 1)
         assert launched.dynamic_smem == kernel.description["shared_bytes"] == 32
+
+
+def test_parameters_of_the_gather_are_those_of_the_host_code(kernels: TileKernels) -> None:
+    order, offsets = routed(5, 70, 2, 4)
+    kernel = kernels["gather 64"]
+    call = TileCall(kernel, offsets, scales(9, 70, 12), unsorted=(order, scales(8, 70, 96)))
+    most = most_tiles(140, 4, 64)
+    places = [pointer(0x7000_0000_0000 + (i << 36)) for i in range(7)]
+    given = [*places[:4], scalar("i64", 12), *(scalar("i32", v) for v in (140, 4, most, 12)), *places[4:]]
+    (launched,) = capture(kernel.file(".o"), kernel.ptx, [*given, scalar("i32", 2), scalar("i32", 96), pointer(0)])
+    seen: dict[str, Any] = {}
+    call.run(ctas=[0], change=seen.update)
+    values = [p for p in seen["params"] if "bytes" in p]
+    ours = [int.from_bytes(bytes.fromhex(p["bytes"]), "little") for p in values]
+    theirs = [int.from_bytes(p, "little") for i, p in enumerate(launched.params) if i in (4, 5, 6, 7, 8, 12, 13)]
+    assert ours == theirs == [12, 140, 4, most, 12, 2, 96]
+    named = [p["ptr"] for p in seen["params"] if "ptr" in p]
+    assert named == ["offsets", "scales", "table", "tiled", "order", "codes", "found"]
 
 
 def test_loads_and_stores_are_wide(kernels: TileKernels) -> None:
@@ -203,4 +265,4 @@ def test_compiled_for_the_cache(tmp_path: Path) -> None:
     assert compile_missing([one], tmp_path) == 0
     export([one], tmp_path)  # type: ignore[list-item]
     assert ".target sm_103a" in (tmp_path / f"{one.name}.ptx").read_text()
-    assert [s.tile_n for s in shipped_tiles("sm_103a")] == list(SIZES)
+    assert [(s.tile_n, s.gather) for s in shipped_tiles("sm_103a")] == [(n, g) for g in (False, True) for n in SIZES]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,13 +25,17 @@ UNWRITTEN = 0xA5
 
 @dataclass(frozen=True, eq=False)
 class TileCall:
-    """One launch. offsets `[E + 1]`; scales `[rows, columns]`, any bytes, rows `stride` bytes apart from `start` on."""
+    """One launch. offsets `[E + 1]`; scales `[rows, columns]`, any bytes, rows `stride` bytes apart from `start` on.
+
+    unsorted  of a kernel that gathers: order int64 `[T, top_k]` and codes `[T, bytes]`; scales are `[T, columns]` then
+    """
 
     kernel: ExportedKernel
     offsets: Sequence[int]
     scales: Tensor
     stride: int | None = None
     start: int = 0
+    unsorted: tuple[Tensor, Tensor] | None = None
 
     @property
     def tile_n(self) -> int:
@@ -43,7 +48,11 @@ class TileCall:
         held = torch.full((self.start + rows * stride,), UNWRITTEN, dtype=torch.uint8)
         placed = held.as_strided((rows, columns), (stride, 1), self.start)
         placed.copy_(self.scales)
-        return {"offsets": torch.tensor(self.offsets, dtype=torch.int32), "scales": held, "rows": placed}
+        found = {"offsets": torch.tensor(self.offsets, dtype=torch.int32), "scales": held, "rows": placed}
+        if self.unsorted is not None:
+            order, codes = self.unsorted
+            found |= {"order": order, "codes": codes, "found": codes.new_empty((order.numel(), codes.shape[1]))}
+        return found
 
     def run(
         self, program: Program | None = None, ctas: Sequence[int] | None = None, change: Any = lambda d: None, **options: Any
@@ -55,10 +64,13 @@ class TileCall:
             spec: Any = self.kernel.spec
             made = moe_launch.made_kernel(spec, self.kernel.cubin, self.kernel.description)
             with torch.no_grad(), _streams():
-                table, placed = moe_launch.tiled(made, self.tile_n, memory["offsets"], memory["rows"].view(E4M3))
+                index = None if self.unsorted is None else (memory["order"], memory["codes"], memory["found"])
+                table, placed = moe_launch.tiled(made, self.tile_n, memory["offsets"], memory["rows"].view(E4M3), index)
         ((_, launched),) = recorder.launches
         written = {"table": table.fill_(UNWRITTEN), "tiled": placed.view(torch.uint8).fill_(UNWRITTEN)}
-        held = {"offsets": memory["offsets"], "scales": memory["scales"], **written}
+        if self.unsorted is not None:
+            written["found"] = memory["found"].fill_(UNWRITTEN)
+        held = {name: t for name, t in memory.items() if name not in ("rows", "found")} | written
         buffers = {name: (t.data_ptr(), t.numel() * t.element_size()) for name, t in held.items()}
         description = describe(launched, buffers) | {"dependent": list(buffers)}
         if ctas is not None:
@@ -66,12 +78,31 @@ class TileCall:
         change(description)
         result = emulate(program or self.kernel.program, description, {n: t.numpy() for n, t in held.items()}, **options)
         found = {name: torch.from_numpy(result.buffers[name]) for name in written}
+        if self.unsorted is not None:
+            memory["found"].copy_(found["found"])
         return result, found["table"], found["tiled"]
 
     def expected(self) -> tuple[Tensor, Tensor]:
         """By the torch twin."""
-        table = tile_table(self.memory["offsets"], self.scales.shape[0], self.tile_n)
-        return table, tiled_scales(self.scales.view(E4M3), table, self.tile_n).view(torch.uint8)
+        scales = self.scales if self.unsorted is None else self.scales[self.sources]
+        table = tile_table(self.memory["offsets"], scales.shape[0], self.tile_n)
+        return table, tiled_scales(scales.view(E4M3), table, self.tile_n).view(torch.uint8)
+
+    @property
+    def sources(self) -> Tensor:
+        """Which token each row of the work is."""
+        assert self.unsorted is not None
+        return self.unsorted[0].flatten() // self.unsorted[0].shape[1]
+
+    def expected_codes(self) -> Tensor:
+        """Rows of no expert, wherever they are, keep what they hold."""
+        assert self.unsorted is not None
+        rows = self.unsorted[0].numel()
+        ends = [min(max(o, 0), rows) for o in self.offsets]
+        found = torch.full((rows, self.unsorted[1].shape[1]), UNWRITTEN, dtype=torch.uint8)
+        for begin, end in itertools.pairwise(ends):
+            found[begin:end] = self.unsorted[1][self.sources[begin:end]]
+        return found
 
 
 def _streams() -> Any:

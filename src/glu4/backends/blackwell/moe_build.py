@@ -89,7 +89,11 @@ def _tile_arguments(spec: TileSpec) -> tuple[Any, ...]:
         _pointer(t, align) for t, align in ((cutlass.Int32, 4), (cutlass.Uint8, 1), (cutlass.Int32, 16), (cutlass.Uint8, 16))
     ]
     numbers = [cutlass.Int64(0), *(cutlass.Int32(0) for _ in range(4))]
-    return TileTokens(spec.tile_n), *pointers, *numbers, make_fake_stream()
+    index: list[Any] = [None] * 3
+    if spec.gather:
+        index = [_pointer(cutlass.Int64, 8), *(_pointer(cutlass.Uint8, 16) for _ in range(2))]
+    index += [cutlass.Int32(0) for _ in range(2)]
+    return TileTokens(spec.tile_n, spec.gather), *pointers, *numbers, *index, make_fake_stream()
 
 
 def main() -> None:

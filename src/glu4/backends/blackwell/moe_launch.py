@@ -28,11 +28,12 @@ from glu4.backends.blackwell.moe_tokens import RECORD, tile_table, tiled_scales
 from glu4.compiled import store
 from glu4.compiled.driver import Kernel
 from glu4.errors import UnsupportedError
-from glu4.nvfp4 import NVFP4Tensor, _unchecked
+from glu4.nvfp4 import NVFP4Tensor, _unchecked, gather_rows
 from glu4.problem import GroupedProblem
 from glu4.scale_layout import ATOM_ROWS, SwizzledLayout
 
 __all__ = [
+    "GATHER_PARAMETERS",
     "TILE_PARAMETERS",
     "MoeChoice",
     "MoePlan",
@@ -57,7 +58,9 @@ _ADDRESSES = (
     "gate_bias", "up_bias",
 )  # fmt: skip
 _OF_UP = ("up", "scale_up", "global_up", "up_bias")
-TILE_PARAMETERS = ("Q", "Q", "Q", "Q", "q", "i", "i", "i", "i")  # of the kernel that numbers tiles, as `struct` packs them
+# of the kernel that numbers tiles, as `struct` packs them; then of the one that gathers, too
+TILE_PARAMETERS = ("Q", "Q", "Q", "Q", "q", "i", "i", "i", "i")
+GATHER_PARAMETERS = (*TILE_PARAMETERS, "Q", "Q", "Q", "i", "i")
 _MAPS, _EXTENTS = 2, 4  # number of the first map among the parameters; extents behind the maps
 _ATOM_BYTES = 512  # of block scales (glu4.scale_layout)
 _PLANS = 1 << 12
@@ -88,12 +91,13 @@ class MoeShape(NamedTuple):
 
 
 class MoeChoice(NamedTuple):
-    """processors: of the device; tiler: what numbers the kernel's tiles, None where that is not compiled."""
+    """processors: of the device; tiler: what numbers the kernel's tiles, gatherer: what gathers too, None if not compiled."""
 
     kernel: Kernel
     config: MoeConfig
     processors: int
     tiler: Kernel | None = None
+    gatherer: Kernel | None = None
 
 
 # ---- kernels ----
@@ -112,7 +116,8 @@ def shipped(arch: str = "sm_100a", gated: bool | None = None) -> list[MoeSpec]:
 
 def shipped_tiles(arch: str = "sm_100a") -> list[TileSpec]:
     """What numbers their tiles."""
-    return [TileSpec(tile_n, arch) for tile_n in sorted({spec.config.tile_n for spec in shipped(arch)})]
+    sizes = sorted({spec.config.tile_n for spec in shipped(arch)})
+    return [TileSpec(tile_n, arch, gather) for gather in (False, True) for tile_n in sizes]
 
 
 def all_shipped(arch: str) -> list[store.Spec]:
@@ -129,7 +134,7 @@ def _kernel(spec: MoeSpec | TileSpec) -> Kernel | None:
 def made_kernel(spec: MoeSpec | TileSpec, cubin: bytes, description: dict[str, Any]) -> Kernel:
     """The kernel of a cubin, as its builder described it."""
     if isinstance(spec, TileSpec):
-        return Kernel(cubin, description, TILE_PARAMETERS)
+        return Kernel(cubin, description, GATHER_PARAMETERS if spec.gather else TILE_PARAMETERS)
     return Kernel(cubin, description, [f"{size}s" for size in parameters_of(spec.config)], cluster=(spec.config.ctas, 1, 1))
 
 
@@ -170,7 +175,8 @@ def choice(problem: GroupedProblem, out: Tensor, config: MoeConfig | None = None
     for own in moe_candidates(problem) if config is None else (config,):
         kernel = _kernel(MoeSpec.of(own, out.dtype, arch))
         if kernel is not None:
-            return MoeChoice(kernel, own, launch._processors(out.get_device()), _kernel(TileSpec(own.tile_n, arch)))
+            tilers = [_kernel(TileSpec(own.tile_n, arch, gather)) for gather in (False, True)]
+            return MoeChoice(kernel, own, launch._processors(out.get_device()), *tilers)
     raise UnsupportedError(f"no compiled Blackwell kernel for this problem; run glu4 compile --arch {arch}")
 
 
@@ -268,11 +274,18 @@ def _plan(chosen: MoeChoice, out: torch.dtype, index: int, shape: MoeShape, flag
 # ---- launching ----
 
 
-def tiled(tiler: Kernel | None, tile_n: int, offsets: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+def tiled(
+    tiler: Kernel | None, tile_n: int, offsets: Tensor, scales: Tensor, unsorted: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """(`moe_tokens.tile_table`, `moe_tokens.tiled_scales`) of offsets int32 `[E + 1]` and block scales `[rows, K / 16]`, in
-    the device's current stream: one launch, or without a kernel some operations of torch."""
-    rows, columns = scales.shape
+    the device's current stream: one launch, or without a kernel some operations of torch.
+
+    unsorted  (order int64 `[T, top_k]`, codes `[T, bytes]`, found `[rows, bytes]`), for a kernel that gathers: scales are
+              `[T, K / 16]`, and found is filled with the codes of row order[r] // top_k; bytes are a multiple of 16
+    """
+    rows, columns = scales.shape if unsorted is None else (unsorted[0].numel(), scales.shape[1])
     if tiler is None:
+        assert unsorted is None
         table = tile_table(offsets, rows, tile_n)
         return table, tiled_scales(scales, table, tile_n)
     offsets, scales = offsets.contiguous(), scales if scales.stride(1) == 1 else scales.contiguous()
@@ -282,7 +295,9 @@ def tiled(tiler: Kernel | None, tile_n: int, offsets: Tensor, scales: Tensor) ->
     layout = SwizzledLayout(most * tile_n, columns)
     placed = torch.empty(layout.storage_shape, dtype=torch.float8_e4m3fn, device=offsets.device)
     addresses = (offsets.data_ptr(), scales.data_ptr(), table.data_ptr(), placed.data_ptr())
-    sizes = (scales.stride(0), rows, experts, most, columns)
+    sizes = [scales.stride(0), rows, experts, most, columns]
+    if unsorted is not None:
+        sizes += [*(t.data_ptr() for t in unsorted), unsorted[0].shape[1], unsorted[1].shape[1]]
     grid = (layout.rest_rows * ATOM_ROWS // tile_n, 1, 1)
     tiler.launch(index, _C._cuda_getCurrentRawStream(index), grid, None, (*addresses, *sizes))
     return table, placed
@@ -327,6 +342,22 @@ def _rows(x: NVFP4Tensor) -> NVFP4Tensor:
     return x if codes is x.codes else _unchecked(codes, x.block_scale, x.global_scale).with_aligned_rows()
 
 
+def _arranged(chosen: MoeChoice, x: NVFP4Tensor, offsets: Tensor, order: Tensor | None) -> tuple[NVFP4Tensor, Tensor, Tensor]:
+    """(tokens by expert, whose scales are not read, their tiles, their scales by tiles); order: as for `grouped`."""
+    tile_n = chosen.config.tile_n
+    if order is None or chosen.gatherer is None:
+        if order is not None:
+            gathered = gather_rows(x, order)
+            assert isinstance(gathered, NVFP4Tensor)
+            x = gathered
+        return _rows(x), *tiled(chosen.tiler, tile_n, offsets, x.block_scale)
+    x, order, used = _rows(x), order.contiguous(), x.k // 2
+    whole = x.codes.as_strided((x.shape[0], x.row_bytes), (x.row_bytes, 1))
+    found = whole.new_empty((order.numel(), x.row_bytes))
+    table, scales = tiled(chosen.gatherer, tile_n, offsets, x.block_scale, (order, whole, found))
+    return _unchecked(found[:, :used], x.block_scale, x.global_scale), table, scales
+
+
 def grouped(
     out: Tensor,
     x: NVFP4Tensor,
@@ -336,12 +367,14 @@ def grouped(
     activation: Activation,
     problem: GroupedProblem,
     config: MoeConfig | None = None,
+    order: Tensor | None = None,
 ) -> None:
     """Fill the rows of `out [rows, N]` before the last offset from x `[rows, K]`, sorted by expert, with linear block scales.
 
     weights  gate and up, or one matrix, `[E, N, K]`; biases: of each `[E, N]`, or None
     offsets  int32 `[E + 1]`, which the host does not read
     config   insists on one kernel
+    order    int64 `[T, top_k]`: x is `[T, K]`, and row r of the work is its row order[r] // top_k
 
     Operands that are not in the kernel's form are copied. Raises UnsupportedError as `choice` does.
     """
@@ -350,9 +383,9 @@ def grouped(
     chosen = choice(problem, out, config)
     if out.stride(-1) != 1:
         dense_out = out.clone(memory_format=torch.contiguous_format)  # rows of no expert keep what they hold
-        grouped(dense_out, x, weights, offsets, biases, activation, problem, config)
+        grouped(dense_out, x, weights, offsets, biases, activation, problem, config, order)
         out.copy_(dense_out)
         return
-    table, scale_x = tiled(chosen.tiler, chosen.config.tile_n, offsets, x.block_scale)
+    x, table, scale_x = _arranged(chosen, x, offsets, order)
     floats = tuple(None if b is None else b.to(torch.float32).contiguous() for b in biases)
-    submit(chosen, out, _rows(x), scale_x, table, tuple(launch.prepared(w) for w in weights), floats, activation)
+    submit(chosen, out, x, scale_x, table, tuple(launch.prepared(w) for w in weights), floats, activation)

@@ -59,17 +59,19 @@ class MoeSpec:
 
 @dataclass(frozen=True)
 class TileSpec:
-    """The kernel that makes what `moe_tokens` makes, for tiles of `tile_n` tokens. arch: "sm_100a" or "sm_103a"."""
+    """The kernel that makes what `moe_tokens` makes, for tiles of `tile_n` tokens. arch: "sm_100a" or "sm_103a"; gather: of
+    tokens that an index names."""
 
     tile_n: int
     arch: str = "sm_100a"
+    gather: bool = False
 
     builder: ClassVar[str] = _BUILDER
 
     @property
     def name(self) -> str:
         """As `MoeSpec.name`."""
-        return f"{self.arch.rstrip('a').replace('_', '')}_tile_tokens_nvfp4_n{self.tile_n}"
+        return f"{self.arch.rstrip('a').replace('_', '')}_{'gather' if self.gather else 'tile'}_tokens_nvfp4_n{self.tile_n}"
 
     @property
     def key(self) -> str:

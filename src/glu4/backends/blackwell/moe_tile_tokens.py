@@ -4,6 +4,8 @@ Device code; needs nvidia-cutlass-dsl. It makes what `moe_tokens.tile_table` and
 a CTA for each tile along tokens computes all experts' first tiles from the offsets, as every other does, finds its own expert
 and copies the scales of its rows. A warp fills a column of atoms after the other; a lane has every 32nd row, whose scales lie
 side by side in an atom (glu4.scale_layout).
+
+sm100_gather_tokens_nvfp4 does so with tokens that lie unsorted: it finds each by the sort's index and copies its codes, too.
 """
 
 import cutlass
@@ -19,6 +21,7 @@ _LANES, _WARPS = 32, 4
 THREADS = _LANES * _WARPS
 RECORD = 4  # numbers of a tile in the table, 16 bytes
 SHARED_BYTES = 32
+_PIECE = 16  # bytes of codes that a lane copies at once
 
 
 @cute.jit
@@ -30,32 +33,38 @@ def _there(element: cutlass.Constexpr, address, count: cutlass.Constexpr = 1):
 
 
 class TileTokens:
-    """One kernel, for tiles of `tile_n` tokens: 32, 64 or 128.
+    """One kernel, for tiles of `tile_n` tokens: 32, 64 or 128; gather: of rows that an index names.
 
     Arguments at launch, device pointers: offsets int32 [e + 1]; scales, e4m3 bytes [rows, columns], neighbours side by side;
     table int32 [1 + most, 4], 16-byte aligned; tiled, the scales in 128x4 layout of [most * tile_n, columns], 16-byte aligned.
     Then the row stride of scales in bytes; rows; experts, one at least; tiles along tokens that there are at most, below 2^30;
-    columns.
+    columns. With `gather` also: order int64 [rows], where row r is row order[r] // top_k of `scales` and of `codes`, bytes
+    [.., row_bytes], 16-byte aligned; found, as codes, [rows, row_bytes], of which rows of no expert are not written; top_k; and
+    row_bytes, a multiple of 16. Without, pointers are None and the numbers not read.
     """
 
-    def __init__(self, tile_n: int) -> None:
-        self.tile_n, self.parts = tile_n, tile_n // _LANES
+    def __init__(self, tile_n: int, gather: bool = False) -> None:
+        self.tile_n, self.parts, self.gather = tile_n, tile_n // _LANES, gather
 
     @cute.jit
     def __call__(
         self, offsets: cute.Pointer, scales: cute.Pointer, table: cute.Pointer, tiled: cute.Pointer, stride: Int64,
-        rows: Int32, experts: Int32, most: Int32, columns: Int32, stream: CUstream,
+        rows: Int32, experts: Int32, most: Int32, columns: Int32, order: cute.Pointer | None, codes: cute.Pointer | None,
+        found: cute.Pointer | None, top_k: Int32, row_bytes: Int32, stream: CUstream,
     ):  # fmt: skip
         each = cutlass.const_expr(ATOM_ROWS // self.tile_n)
         grid = (cute.ceil_div(most, each) * each, 1, 1)  # whole atoms: padding is written too
-        self.kernel(offsets, scales, table, tiled, stride, rows, experts, most, columns).launch(
+        index = ()
+        if cutlass.const_expr(self.gather):
+            index = (order, codes, found, top_k, row_bytes)
+        self.kernel(offsets, scales, table, tiled, stride, rows, experts, most, columns, index).launch(
             grid=grid, block=(THREADS, 1, 1), stream=stream, use_pdl=True
         )
 
     @cute.kernel
     def kernel(
         self, offsets: cute.Pointer, scales: cute.Pointer, table: cute.Pointer, tiled: cute.Pointer, stride: Int64,
-        rows: Int32, experts: Int32, most: Int32, columns: Int32,
+        rows: Int32, experts: Int32, most: Int32, columns: Int32, index: tuple,
     ):  # fmt: skip
         thread, _, _ = cute.arch.thread_idx()
         tile, _, _ = cute.arch.block_idx()
@@ -79,7 +88,9 @@ class TileTokens:
                 first[i] = count if i == 0 else Int32(0)
             cute.autovec_copy(first, _there(Int32, table.toint(), RECORD))
         begin = four[2] + (tile - four[1]) * self.tile_n
-        self.copy(scales.toint(), tiled.toint(), stride, columns, begin, four[3], tile, lane, warp)
+        self.copy(scales.toint(), tiled.toint(), stride, columns, begin, four[3], tile, lane, warp, index)
+        if cutlass.const_expr(self.gather):
+            self.copy_codes(index, begin, four[3], lane, warp)
 
     # ---- which expert ----
 
@@ -124,17 +135,21 @@ class TileTokens:
     # ---- scales ----
 
     @cute.jit
-    def copy(self, scales, tiled, stride, columns, begin, end, tile, lane, warp):
+    def copy(self, scales, tiled, stride, columns, begin, end, tile, lane, warp, index):
         """The scales of rows `begin` to `end`, as far as this tile has them; zeros beside them."""
         atoms = cute.ceil_div(columns, ATOM_COLS)
         aligned = (((scales | stride) | Int64(columns)) & (ATOM_COLS - 1)) == 0
         row = Int64(tile) * self.tile_n
         target = tiled + row // ATOM_ROWS * atoms * ATOM_BYTES + row % ATOM_ROWS // _LANES * ATOM_COLS + lane * 16
+        sources = cute.make_rmem_tensor((self.parts,), Int64)
+        for part in cutlass.range_constexpr(self.parts):
+            at = begin + part * _LANES + lane
+            sources[part] = scales + self.source(index, at, at < end) * stride
         for atom in cutlass.range(warp, atoms, _WARPS, unroll=4):
             words = cute.make_rmem_tensor((self.parts,), Uint32)
             for part in cutlass.range_constexpr(self.parts):
-                at = begin + part * _LANES + lane
-                words[part] = self.four(scales + Int64(at) * stride, atom * ATOM_COLS, columns, at < end, aligned)
+                there = begin + part * _LANES + lane < end
+                words[part] = self.four(sources[part], atom * ATOM_COLS, columns, there, aligned)
             cute.autovec_copy(words, _there(Uint32, target + Int64(atom) * ATOM_BYTES, self.parts))
 
     @cute.jit
@@ -149,3 +164,28 @@ class TileTokens:
                     if column + i < columns:
                         found = Uint32(found) | Uint32(Uint32(_there(Uint8, row + column + i)[0]) << (8 * i))
         return found
+
+    # ---- the gather ----
+
+    @cute.jit
+    def source(self, index, row, there):
+        """Which row of the tokens a row of the work is."""
+        found = Int64(row)
+        if cutlass.const_expr(self.gather):
+            order, _, _, top_k, _ = index
+            if there:
+                found = cute.make_tensor(order + row, cute.make_layout(1))[0] // Int64(top_k)
+        return found
+
+    @cute.jit
+    def copy_codes(self, index, begin, end, lane, warp):
+        """The codes of this tile's rows, one row a warp at a time."""
+        _, codes, target, _, row_bytes = index
+        last = cutlass.min(end, begin + self.tile_n)
+        for row in cutlass.range(begin + warp, last, _WARPS, unroll=1):
+            start = codes.toint() + self.source(index, row, row < last) * row_bytes
+            there = target.toint() + Int64(row) * row_bytes
+            for piece in cutlass.range(lane, row_bytes // _PIECE, _LANES, unroll=4):
+                words = cute.make_rmem_tensor((_PIECE // 4,), Uint32)
+                cute.autovec_copy(_there(Uint32, start + Int64(piece) * _PIECE, _PIECE // 4), words)
+                cute.autovec_copy(words, _there(Uint32, there + Int64(piece) * _PIECE, _PIECE // 4))
