@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from bench.fake_gpu import FakeGpu
 from glu4.bench.timing import (
     COLD_BYTES,
+    LOOKS,
     REPLAY_MS,
     REST_S,
     TIMED,
@@ -17,6 +18,7 @@ from glu4.bench.timing import (
     WARM_UPS,
     Cuda,
     Failure,
+    Slower,
     Timing,
     copies,
     describe,
@@ -56,6 +58,36 @@ def test_contenders_take_turns() -> None:
     turn = WARM_UPS + TIMED
     assert log[-3 * TURNS * turn :] == (["a"] * turn + ["b"] * turn + ["c"] * turn) * TURNS
     assert gpu.rests == [REST_S] * 3 * TURNS
+
+
+def test_a_first_look_spares_the_turns_of_the_slow() -> None:
+    gpu, log = FakeGpu(), []
+    times = {"a": 8.0, "b": 9.9, "c": 10.1, "d": 80.0}
+    found = interleaved({name: [Contender(name, gpu, ms, log)] for name, ms in times.items()}, gpu, margin=0.25)
+    assert [type(found[name]) for name in "abcd"] == [Timing, Timing, Slower, Slower]
+    assert [getattr(found[name], "us", None) for name in "abcd"] == [pytest.approx(1e3 * ms) for ms in times.values()]
+    turn = WARM_UPS + TIMED
+    assert log[-2 * TURNS * turn :] == (["a"] * turn + ["b"] * turn) * TURNS
+    look = 2 + LOOKS
+    assert log[: -2 * TURNS * turn][-4 * look :] == ["a"] * look + ["b"] * look + ["c"] * look + ["d"] * look
+    assert gpu.rests == [REST_S] * 2 * TURNS
+    assert isinstance(found["a"], Timing)
+    assert found["a"].samples == TURNS * TIMED, "the look's replays are not among them"
+
+
+def test_a_first_look_at_one_that_fails_or_is_alone() -> None:
+    gpu, log = FakeGpu(), []
+    calls = iter(range(100))
+
+    def failing() -> None:
+        if next(calls) > 4:
+            raise RuntimeError("no more")
+        gpu.spend(8.0)
+
+    found = interleaved({"a": [failing], "b": [Contender("b", gpu, 90.0, log)]}, gpu, margin=0.25)
+    assert isinstance(found["a"], Failure)
+    assert isinstance(found["b"], Timing), "nothing is left that is faster"
+    assert isinstance(interleaved({"b": [Contender("b", gpu, 90.0, log)]}, gpu, margin=0.25)["b"], Timing)
 
 
 def test_warm_ups_do_not_count_and_the_median_and_minimum_are_of_the_rest() -> None:

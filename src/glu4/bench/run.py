@@ -25,6 +25,7 @@ from glu4.bench.timing import (
     Call,
     Failure,
     Recorder,
+    Slower,
     Timing,
     describe,
     interleaved,
@@ -100,17 +101,27 @@ def _checked(contender: Contender, operands: Operands, recorder: Recorder) -> tu
     return list(calls), operands.check(outputs[0], contender.x_format, contender.roundings, contender.specified)
 
 
-def _timed(row: Row, timing: Timing | Failure) -> Row:
-    """The row with its time, or with why there is none."""
+def _timed(row: Row, timing: Timing | Failure | Slower) -> Row:
+    """The row with its time, or with why there is none; of one that had no turn without either."""
+    if isinstance(timing, Slower):
+        return row
     if isinstance(timing, Failure):
         return replace(row, note=f"failed: {timing.message}")
     return replace(row, us=round(timing.us, 3), us_min=round(timing.us_min, 3), samples=timing.samples)
 
 
 def measure_shape(
-    operands: Operands, contenders: Sequence[Contender], recorder: Recorder, settings: Settings, device: Device
+    operands: Operands,
+    contenders: Sequence[Contender],
+    recorder: Recorder,
+    settings: Settings,
+    device: Device,
+    margin: float | None = None,
 ) -> list[Row]:
-    """The rows of one shape, in the order of `contenders`. Raises Lost when one of them took the device with it."""
+    """The rows of one shape, in the order of `contenders`; margin: as for `timing.interleaved`.
+
+    Raises Lost when one of them took the device with it.
+    """
     rows = {c.key: _row(c, operands, settings, device) for c in contenders}
     ready: dict[str, list[Call]] = {}
     for contender in contenders:
@@ -127,7 +138,7 @@ def measure_shape(
             rows[key] = replace(rows[key], note=f"wrong, so not timed: {found.wrong}")
         else:
             ready[key] = calls
-    timings = interleaved(ready, recorder)
+    timings = interleaved(ready, recorder, margin)
     for key, timing in timings.items():
         rows[key] = _timed(rows[key], timing)
     fatal = next((t for t in timings.values() if isinstance(t, Failure) and t.fatal), None)

@@ -5,6 +5,8 @@ the copies as take about `REPLAY_MS`. In its turn a contender's graph is replaye
 timed, on end, after a rest of `REST_S`: large problems run at the power limit, where the clock takes 0.3 s to settle to what
 the running kernel draws, and a chip that others have warmed draws more (docs/benchmarks.md has the measurement). Each has
 `TURNS` turns. A call's time is a replay's, by CUDA events, divided by the number of calls in it.
+
+Where many are candidates and only the fastest is asked for, `LOOKS` replays of each, without a rest, tell who is worth turns.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 
 __all__ = [
     "COLD_BYTES",
+    "LOOKS",
     "REPLAY_MS",
     "REST_S",
     "TIMED",
@@ -28,6 +31,7 @@ __all__ = [
     "Cuda",
     "Failure",
     "Recorder",
+    "Slower",
     "Timing",
     "copies",
     "interleaved",
@@ -38,6 +42,7 @@ REST_S = 0.4
 WARM_UPS = 40
 TIMED = 41
 TURNS = 2
+LOOKS = 5
 COLD_BYTES = 200_000_000  # copies of one contender in all: four times the 50 MB of L2 of an H100 or H200
 HANG_S = 20.0
 
@@ -59,6 +64,13 @@ class Failure:
 
     message: str
     fatal: bool = False
+
+
+@dataclass(frozen=True)
+class Slower:
+    """A first look took `us` a call, too much above the fastest's for a turn."""
+
+    us: float
 
 
 class Recorder(Protocol):
@@ -158,8 +170,12 @@ def _runner(calls: Sequence[Call], recorder: Recorder) -> _Runner:
     return _Runner(recorder.capture(rounds(count)) if count > 1 else once, count * len(calls))
 
 
-def interleaved(contenders: Mapping[str, Sequence[Call]], recorder: Recorder) -> dict[str, Timing | Failure]:
+def interleaved(
+    contenders: Mapping[str, Sequence[Call]], recorder: Recorder, margin: float | None = None
+) -> dict[str, Timing | Failure | Slower]:
     """The time of each contender, by name. One that raises or hangs is a Failure and leaves the others alone.
+
+    margin  whose first look takes more than that share above the fastest's gets no turn: Slower. None: all have turns
 
     After a fatal Failure the others keep the replays timed until then, and those that have none are Failures too.
     """
@@ -185,13 +201,28 @@ def interleaved(contenders: Mapping[str, Sequence[Call]], recorder: Recorder) ->
             runner.times.append(ms / runner.calls * 1e3)
 
     going = all(guarded(name, lambda: prepare(name, calls)) for name, calls in contenders.items())  # noqa: B023
+
+    def turn(name: str, runner: _Runner, warm_ups: int, timed: int) -> None:
+        nonlocal going
+        for i in range(warm_ups + timed):
+            if going and name in runners:
+                going = guarded(name, lambda: replay(runner, i >= warm_ups))  # noqa: B023
+
+    slower: dict[str, Slower] = {}
+    if margin is not None and len(runners) > 1:
+        for name, runner in list(runners.items()):
+            turn(name, runner, 2, LOOKS)
+        looks = {name: statistics.median(runner.times) for name, runner in runners.items() if runner.times}
+        for name, us in looks.items():
+            runners[name].times.clear()
+            if us > (1 + margin) * min(looks.values()):
+                slower[name] = Slower(us)
+                del runners[name]
     for _ in range(TURNS):
         for name, runner in list(runners.items()):
             recorder.rest(REST_S)
-            for i in range(WARM_UPS + TIMED):
-                if going and name in runners:
-                    going = guarded(name, lambda: replay(runner, i >= WARM_UPS))  # noqa: B023
-    found: dict[str, Timing | Failure] = dict(failures)
+            turn(name, runner, WARM_UPS, TIMED)
+    found: dict[str, Timing | Failure | Slower] = {**failures, **slower}
     for name in contenders:
         times = runners[name].times if name in runners else []
         if times:

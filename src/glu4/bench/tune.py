@@ -15,10 +15,11 @@ from glu4.bench.contender import Contender, Row
 from glu4.bench.operands import Operands
 from glu4.bench.ours import Prepared, fits, single
 
-__all__ = ["LADDER", "contenders", "entries", "merged", "write"]
+__all__ = ["LADDER", "MARGIN", "contenders", "entries", "merged", "write"]
 
 # M of a table: powers of two and what lies halfway, denser where the token tile changes
 LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
+MARGIN = 0.25  # who takes that share more than the fastest at a first look has no turn; looks are a few percent off
 
 
 def contenders(operands: Operands, x_format: str) -> list[Contender]:
@@ -30,7 +31,7 @@ def contenders(operands: Operands, x_format: str) -> list[Contender]:
 
 def entries(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Table entries of measured rows: for each N, K and activation format the fastest configuration at each M, by median, and
-    every median, so that a reader sees how close it was. An M where nothing was timed is left out."""
+    every median there is, so that a reader sees how close it was. An M where nothing was timed is left out."""
     groups: dict[tuple[int, int, str], dict[int, list[Row]]] = {}
     for row in rows:
         if row.us:

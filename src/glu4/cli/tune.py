@@ -55,10 +55,12 @@ def command(
         raise ValueError("GLU4_CACHE_DIR is off, so there is nowhere to put a table; give --output DIR")
     path, rows = _measure(sizes, ladder, formats, directory, commit)
     failed = [f"{r.config} at {r.m},{r.n},{r.k} {r.x_format} {r.note}" for r in rows if r.note]
+    timed = sum(r.us is not None for r in rows)
     if json:
-        emit_json({"table": str(path), "measured": len(rows) - len(failed), "failed": failed})
+        emit_json({"table": str(path), "measured": timed, "failed": failed})
     else:
-        console.print(f"{len(rows) - len(failed)} times measured: {path}", highlight=False)
+        slower = len(rows) - len(failed) - timed
+        console.print(f"{timed} times measured, {slower} kernels slower at a first look: {path}", highlight=False)
         for line in failed:
             console.print(line, highlight=False, markup=False)
     if failed:
@@ -90,7 +92,7 @@ def _measure(
     from glu4.bench.operands import draw
     from glu4.bench.run import METHOD, Settings, measure_shape
     from glu4.bench.timing import Cuda
-    from glu4.bench.tune import contenders, entries, write
+    from glu4.bench.tune import MARGIN, contenders, entries, write
     from glu4.errors import UnsupportedError
 
     settings = [Settings([(m, n, k) for m in ladder], x_format) for n, k in sizes for x_format in formats]
@@ -108,7 +110,7 @@ def _measure(
             found: list[Row] = []
             for m, n, k in setting.shapes:
                 operands = draw(m, n, k, "cuda")
-                found += measure_shape(operands, contenders(operands, setting.x_format), recorder, setting, rates)
+                found += measure_shape(operands, contenders(operands, setting.x_format), recorder, setting, rates, MARGIN)
                 advance(1, f"measured {m},{n},{k} {setting.x_format}")
             path = write(directory, device, entries(found), environment | {"clocks": machine.clocks()})
             rows += found
