@@ -25,7 +25,7 @@ from glu4.backends.hopper.config import SHIPPED
 from glu4.backends.hopper.grouped_config import GROUPED_SHIPPED
 from glu4.backends.hopper.tokens import NVFP4, format_of
 from glu4.emulator.launch import emulate
-from gpu import sanitized_grouped
+from gpu import sanitized_grouped, sanitized_tokens
 from gpu.harness import Target
 from gpu.racecheck_control import CONTROLS, READERS, expected, ptx, source
 from gpu.sanitized import OWN, problem, types
@@ -134,6 +134,16 @@ def test_the_grouped_kernels_are_clean_whatever_the_offsets(hopper: Target, pyte
     assert report.count(": right") + report.count(": ran") == sanitized_grouped.RUNS
 
 
+@pytest.mark.timeout(600, method="thread")
+@pytest.mark.parametrize("tool", TOOLS)
+def test_what_finds_sorts_and_adds_up_tokens_is_clean(hopper: Target, pytestconfig: pytest.Config, tool: str) -> None:
+    code, report = run_under(tool, pytestconfig.rootpath, program_module="gpu.sanitized_tokens")
+    assert errors_in(report) == 0, report[-4000:]
+    assert code == 0, report[-4000:]
+    assert report.count(": right") == sanitized_tokens.RIGHT
+    assert report.count(": right") + report.count(": ran") == sanitized_tokens.RUNS
+
+
 @pytest.mark.timeout(300, method="thread")
 def test_racecheck_says_nothing_of_the_shipped_kernels_but_what_it_says_of_ordered_copies(
     hopper: Target, pytestconfig: pytest.Config
@@ -157,7 +167,7 @@ def test_racecheck_finds_a_planted_race(hopper: Target, pytestconfig: pytest.Con
 
 
 @pytest.mark.timeout(300, method="thread")
-@pytest.mark.parametrize("program", ["gpu.sanitized", "gpu.sanitized_grouped"])
+@pytest.mark.parametrize("program", ["gpu.sanitized", "gpu.sanitized_grouped", "gpu.sanitized_tokens"])
 def test_a_write_past_the_output_is_found(hopper: Target, pytestconfig: pytest.Config, program: str) -> None:
     if not pytestconfig.getoption("--planted", default=False):
         pytest.skip("writes past an allocation; asked for with --planted")
