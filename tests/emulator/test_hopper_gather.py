@@ -31,7 +31,7 @@ class Routed(Experts):
     """
 
     def __init__(self, ids: torch.Tensor, experts: int, n: int, k: int, pad: int = 8) -> None:
-        order, offsets = sort_by_expert(ids, experts)
+        order, offsets, _ = sort_by_expert(ids, experts)
         super().__init__(offsets.diff().tolist(), n, k, 0)
         chosen = ((ids >= 0) & (ids < experts)).any(1, keepdim=True)
         drawn = torch.randn(ids.shape[0], k, generator=torch.Generator().manual_seed(6)).where(chosen, torch.nan)

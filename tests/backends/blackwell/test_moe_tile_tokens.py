@@ -120,9 +120,9 @@ LAYOUTS = [(4, 4, 0), (36, 36, 0), (5, 5, 0), (7, 8, 0), (8, 8, 1), (8, 11, 0), 
 
 @pytest.mark.parametrize(("columns", "stride", "start"), LAYOUTS)
 def test_scales_anywhere_in_memory(kernels: TileKernels, columns: int, stride: int, start: int) -> None:
-    for n, kernel in kernels.items():
-        offsets = [0, 3, 3, 3 + int(n) + 2, 170]
-        assert not wrong(TileCall(kernel, offsets, scales(4, 180, columns), stride, start))
+    for n in SIZES:
+        offsets = [0, 3, 3, 3 + n + 2, 170]
+        assert not wrong(TileCall(kernels[str(n)], offsets, scales(4, 180, columns), stride, start))
 
 
 @pytest.mark.parametrize("schedule", TWENTY, ids=str)

@@ -86,7 +86,8 @@ class ExportedExperts:
             "table": np.full((1 + most, 4), -1, np.int32),
             "tiled": np.full(atoms.nbytes, 0xFF, np.uint8),
         }
-        numbers = [scalar("i64", columns), *(scalar("i32", v) for v in (rows, experts, most, columns)), pointer(0)]
+        # two numbers of a gather, which this kernel does not read
+        numbers = [scalar("i64", columns), *(scalar("i32", v) for v in (rows, experts, most, columns, 0, 0)), pointer(0)]
         tiles = emulate(self.tiler.program, _launch(self.tiler, [*first, *numbers], first, True), first, **options)
         memory = self._memory(call, out) | {"table": tiles.buffers["table"], "scale_x": tiles.buffers["tiled"]}
         names = addresses_of(self.config)
