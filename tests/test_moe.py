@@ -230,6 +230,12 @@ W = experts(1, 3)
 X = draw(2, 4, 64).half()
 IDS = torch.zeros(4, 2, dtype=torch.int64)
 BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
+    (lambda: sort_by_expert(IDS, 3, backend="cuda"), ValueError, "backend: expected one of .*portable.* or None, got 'cuda'"),
+    (
+        lambda: moe_combine(torch.zeros(8, 4), sort_by_expert(IDS, 3), torch.ones(4, 2), backend="x"),
+        ValueError,
+        "backend: expected one of .*portable.* or None, got 'x'",
+    ),
     (lambda: moe_gate_up(X, IDS.float(), W), TypeError, "topk_ids: expected int32 or int64, got torch.float32"),
     (lambda: moe_gate_up(X, [[0]], W), TypeError, "topk_ids: expected a torch.Tensor, got list"),  # type: ignore[arg-type]
     (lambda: moe_gate_up(X, IDS[0], W), ValueError, r"topk_ids: expected \[T, top_k\], got shape \[2\]"),

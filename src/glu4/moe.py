@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from glu4 import ops
+from glu4 import dispatch, ops
 from glu4.activation import SILU, Activation
 from glu4.backends.routing import launch as routing_launch
 from glu4.eager import ordinary
@@ -41,11 +41,13 @@ class Routing(NamedTuple):
     places: Tensor | None = None
 
 
-def sort_by_expert(topk_ids: Tensor, experts: int) -> Routing:
+def sort_by_expert(topk_ids: Tensor, experts: int, *, backend: str | None = None) -> Routing:
     """The Routing of choices int32 or int64 `[T, top_k]` among experts 0 to `experts` - 1; ids outside are no expert's.
 
-    Raises TypeError for another dtype, ValueError for another number of dimensions.
+    On a Hopper or Blackwell GPU a kernel sorts where it can, unless backend is "portable", for torch's sort: the same Routing.
+    Raises TypeError for another dtype, ValueError for another number of dimensions or backend.
     """
+    by_torch = _by_torch(backend)
     if not isinstance(topk_ids, Tensor):
         raise TypeError(f"topk_ids: expected a torch.Tensor, got {type(topk_ids).__name__}")
     if topk_ids.dtype not in _ID_DTYPES:
@@ -55,12 +57,18 @@ def sort_by_expert(topk_ids: Tensor, experts: int) -> Routing:
     ids = topk_ids.flatten().contiguous()
     order, places = (torch.empty(ids.shape, dtype=torch.int64, device=ids.device) for _ in range(2))
     offsets = torch.empty(experts + 1, dtype=torch.int32, device=ids.device)
-    (_run_sort if ordinary((ids,)) else _sort)(order, places, offsets, ids, experts)
+    (_run_sort if ordinary((ids,)) else _sort)(order, places, offsets, ids, experts, by_torch)
     return Routing(order, offsets, places)
 
 
-def _run_sort(order: Tensor, places: Tensor, offsets: Tensor, ids: Tensor, experts: int) -> None:
-    if routing_launch.sorts(ids.device, ids.numel(), experts):
+def _by_torch(backend: str | None) -> bool:
+    if backend is not None and backend not in dispatch.BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(dispatch.BACKENDS)} or None, got {backend!r}")
+    return backend == "portable"
+
+
+def _run_sort(order: Tensor, places: Tensor, offsets: Tensor, ids: Tensor, experts: int, by_torch: bool) -> None:
+    if not by_torch and routing_launch.sorts(ids.device, ids.numel(), experts):
         routing_launch.sort(ids, experts, order, places, offsets)
         return
     # 0 <= id < experts, the rest as one more expert behind them
@@ -116,7 +124,7 @@ def moe_gate_up(
     for `grouped_dual_gemm`; there is nothing to check of offsets that are made here.
     """
     _check_tokens(x, topk_ids, weights)
-    routing = sort_by_expert(topk_ids, weights.shape[0])
+    routing = sort_by_expert(topk_ids, weights.shape[0], backend=backend)
     order, offsets = routing.order.view(topk_ids.shape), routing.group_offsets
     hidden = ops.gathered_dual_gemm(
         x, weights, offsets, order, activation=activation, out_dtype=out_dtype, out=out, backend=backend
@@ -124,7 +132,14 @@ def moe_gate_up(
     return hidden, routing
 
 
-def moe_combine(y: Tensor, routing: Routing, topk_weights: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
+def moe_combine(
+    y: Tensor,
+    routing: Routing,
+    topk_weights: Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """The weighted sum of each token's experts, `[T, H]`.
 
     y             `[T * top_k, H]`, sorted by expert: row r is of token routing.order[r] // top_k
@@ -132,8 +147,10 @@ def moe_combine(y: Tensor, routing: Routing, topk_weights: Tensor, *, out_dtype:
                   their weight and whatever lies in their rows of y
     out_dtype     y's own by default
 
-    Sums are float32, in the order of topk_ids. Raises ValueError where shapes do not fit together.
+    Sums are float32, in the order of topk_ids. On a Hopper or Blackwell GPU a kernel adds up 16-bit y to y's own type, unless
+    backend is "portable", for torch's operations. Raises ValueError where shapes do not fit together, or for another backend.
     """
+    by_torch = _by_torch(backend)
     if topk_weights.ndim != 2 or y.ndim != 2 or not y.shape[0] == topk_weights.numel() == routing.order.shape[0]:
         raise ValueError(
             f"y, topk_weights: expected [T * top_k, H] and [T, top_k] with T * top_k = {routing.order.shape[0]}, "
@@ -144,12 +161,12 @@ def moe_combine(y: Tensor, routing: Routing, topk_weights: Tensor, *, out_dtype:
     last = routing.group_offsets[-1:]
     if torch.is_grad_enabled() and (y.requires_grad or topk_weights.requires_grad):
         return _combined(y, places, topk_weights, last).to(out.dtype)
-    (_run_combine if ordinary((y, places, topk_weights, last)) else _combine)(out, y, places, topk_weights, last)
+    (_run_combine if ordinary((y, places, topk_weights, last)) else _combine)(out, y, places, topk_weights, last, by_torch)
     return out
 
 
-def _run_combine(out: Tensor, y: Tensor, places: Tensor, topk_weights: Tensor, last: Tensor) -> None:
-    if routing_launch.combines(y, out.dtype):
+def _run_combine(out: Tensor, y: Tensor, places: Tensor, topk_weights: Tensor, last: Tensor, by_torch: bool) -> None:
+    if not by_torch and routing_launch.combines(y, out.dtype):
         routing_launch.combine(y.contiguous(), places, topk_weights.float().contiguous(), last, out)
     else:
         out.copy_(_combined(y, places, topk_weights, last))

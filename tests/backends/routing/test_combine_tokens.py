@@ -120,6 +120,7 @@ def test_what_torch_adds_instead(kernels: dict[str, Made]) -> None:
         for other, dtype in ((y.float(), torch.float32), (y, torch.float32), (y[:, :0], torch.float16)):
             assert not launch.combines(other, dtype)
             assert moe_combine(other, routing, weights, out_dtype=dtype).dtype == dtype
+        assert torch.isfinite(moe_combine(y, routing, weights.nan_to_num(), backend="portable")).all()
         weights.requires_grad_()
         moe_combine(y, routing, weights).sum().backward()
         assert weights.grad is not None

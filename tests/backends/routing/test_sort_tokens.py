@@ -101,13 +101,15 @@ def test_planted_faults_are_found(kernels: dict[str, Made], fault: str) -> None:
 
 def test_what_torch_sorts_instead(kernels: dict[str, Made]) -> None:
     cpu = torch.device("cpu")
-    with device(kernels):
+    with device(kernels) as recorder:
         assert launch.sorts(cpu, 1, MAX_KEYS - 1)
         assert launch.sorts(cpu, launch.MOST_CHOICES, 128)
         assert not launch.sorts(cpu, 0, 128)
         assert not launch.sorts(cpu, launch.MOST_CHOICES + 1, 128)
         assert not launch.sorts(cpu, 512, MAX_KEYS)
+        assert sort_by_expert(torch.tensor([[1, 0]]), 2, backend="portable").order.tolist() == [1, 0]
         assert sort_by_expert(torch.zeros((0, 2), dtype=torch.int64), 3).group_offsets.tolist() == [0] * 4
+    assert not recorder.launches
     assert not launch.sorts(cpu, 512, 128), "no kernel runs on a CPU"
 
 
