@@ -7,8 +7,6 @@ bit. `--planted` gives one kernel an output that is one row too short.
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from dataclasses import replace
 
@@ -22,6 +20,7 @@ from glu4.backends.hopper.pack import pack_gated, pack_matrix
 from glu4.problem import dense_problem
 from glu4.verify.case import Case
 from glu4.verify.cases import exact_sum_case
+from gpu.watched import asks_for_a_fault
 
 TYPES = (("float16", torch.float16), ("bfloat16", torch.bfloat16))
 # NVFP4 tokens, which a kernel decodes, or another ahead of it from linear and from swizzled scales
@@ -62,20 +61,16 @@ def run(case: Case, config: Config, out: Tensor) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--planted", action="store_true")
-    args = parser.parse_args()
-    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
-        sys.exit("set PYTORCH_NO_CUDA_MEMORY_CACHING=1: inside torch's own pools nothing is out of bounds")
+    planted = asks_for_a_fault(__doc__)
     wrong = 0
     for config in SHIPPED:
         for linear in (False, True):
             for x_format, dtype in types(config):
                 case = problem(config, linear, x_format, dtype)
                 m, n = case.out_shape
-                out = torch.full((m - args.planted, n), float("nan"), dtype=dtype).to("cuda")
+                out = torch.full((m - planted, n), float("nan"), dtype=dtype).to("cuda")
                 got = run(case, config, out)
-                if args.planted:
+                if planted:
                     return
                 right = torch.equal(got, case.expected())
                 wrong += not right

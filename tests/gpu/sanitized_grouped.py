@@ -10,9 +10,7 @@ one row too short.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import os
 import sys
 
 import torch
@@ -25,6 +23,7 @@ from glu4.problem import grouped_problem
 from glu4.verify.case import Case
 from glu4.verify.checker import check
 from glu4.weights import pack
+from gpu.watched import asks_for_a_fault
 from operands import full_range
 
 SIZES = (3, 0, 130, 1, 40)
@@ -51,11 +50,7 @@ def operands(x_format: str) -> tuple[torch.Tensor | NVFP4Tensor, NVFP4Tensor, NV
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--planted", action="store_true")
-    args = parser.parse_args()
-    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
-        sys.exit("set PYTORCH_NO_CUDA_MEMORY_CACHING=1: inside torch's own pools nothing is out of bounds")
+    planted = asks_for_a_fault(__doc__)
     right = (0, *itertools.accumulate(SIZES))
     wrong = 0
     for operation, x_format in itertools.product(OPERATIONS, X_FORMATS):
@@ -71,10 +66,10 @@ def main() -> None:
         for config in GROUPED_SHIPPED:
             for name, offsets in {"right": right, **WRONG}.items():
                 on_device = torch.tensor(offsets, dtype=torch.int32).to("cuda")
-                out = torch.full((sum(SIZES) - args.planted, N), float("nan"), dtype=torch.float16).to("cuda")
+                out = torch.full((sum(SIZES) - planted, N), float("nan"), dtype=torch.float16).to("cuda")
                 grouped_launch.grouped(out, here, packed, on_device, scales, (None, None), SILU, problem, config)
                 torch.cuda.synchronize()
-                if args.planted:
+                if planted:
                     return
                 verdict = "ran"
                 if name == "right":

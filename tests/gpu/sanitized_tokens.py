@@ -9,9 +9,7 @@ gives the kernel that adds up an output of one row too few.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import os
 import sys
 
 import torch
@@ -28,6 +26,7 @@ from glu4.verify.case import Case
 from glu4.verify.checker import check
 from glu4.weights import pack
 from gpu.sanitized_grouped import SIZES, WRONG, N, operands
+from gpu.watched import asks_for_a_fault
 
 TOP_K = 2
 SORTED = ((1, 1, 1), (87, 2, 5), (700, 8, 512))  # tokens, top_k, experts
@@ -126,12 +125,8 @@ def plant() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--planted", action="store_true")
-    args = parser.parse_args()
-    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
-        sys.exit("set PYTORCH_NO_CUDA_MEMORY_CACHING=1: inside torch's own pools nothing is out of bounds")
-    if args.planted:
+    planted = asks_for_a_fault(__doc__)
+    if planted:
         plant()
         return
     wrong = sorting() + adding() + gathering("float16") + gathering("nvfp4")

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,23 +126,16 @@ def test_the_shipped_kernels_are_clean(hopper: Target, pytestconfig: pytest.Conf
 
 
 @pytest.mark.timeout(600, method="thread")
+@pytest.mark.parametrize("program", [sanitized_grouped, sanitized_tokens], ids=lambda module: module.__name__)
 @pytest.mark.parametrize("tool", TOOLS)
-def test_the_grouped_kernels_are_clean_whatever_the_offsets(hopper: Target, pytestconfig: pytest.Config, tool: str) -> None:
-    code, report = run_under(tool, pytestconfig.rootpath, program_module="gpu.sanitized_grouped")
+def test_the_kernels_of_experts_are_clean_whatever_the_offsets(
+    hopper: Target, pytestconfig: pytest.Config, tool: str, program: Any
+) -> None:
+    code, report = run_under(tool, pytestconfig.rootpath, program_module=program.__name__)
     assert errors_in(report) == 0, report[-4000:]
     assert code == 0, report[-4000:]
-    assert report.count(": right") == sanitized_grouped.RIGHT
-    assert report.count(": right") + report.count(": ran") == sanitized_grouped.RUNS
-
-
-@pytest.mark.timeout(600, method="thread")
-@pytest.mark.parametrize("tool", TOOLS)
-def test_what_finds_sorts_and_adds_up_tokens_is_clean(hopper: Target, pytestconfig: pytest.Config, tool: str) -> None:
-    code, report = run_under(tool, pytestconfig.rootpath, program_module="gpu.sanitized_tokens")
-    assert errors_in(report) == 0, report[-4000:]
-    assert code == 0, report[-4000:]
-    assert report.count(": right") == sanitized_tokens.RIGHT
-    assert report.count(": right") + report.count(": ran") == sanitized_tokens.RUNS
+    assert report.count(": right") == program.RIGHT
+    assert report.count(": right") + report.count(": ran") == program.RUNS
 
 
 @pytest.mark.timeout(300, method="thread")

@@ -7,22 +7,25 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from filelock import FileLock
 
 from glu4.backends.blackwell.emulation import export
 from glu4.backends.blackwell.grouped_spec import GroupSpec
 from glu4.backends.blackwell.moe_spec import MoeSpec, TileSpec
+from glu4.backends.routing.spec import CombineSpec, SortSpec
 from glu4.emulator.launch import load
 from glu4.emulator.program import Program
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True, eq=False)
 class ExportedKernel:
-    """A kernel as `grouped_build --export` or `moe_build --export` wrote it."""
+    """A kernel as a builder's --export wrote it."""
 
-    spec: GroupSpec | MoeSpec | TileSpec
+    spec: GroupSpec | MoeSpec | TileSpec | SortSpec | CombineSpec
     directory: Path
 
     def file(self, suffix: str) -> Path:
@@ -46,7 +49,7 @@ class ExportedKernel:
         return load(self.ptx)
 
 
-class ExportedKernels(Mapping[str, ExportedKernel]):
+class ExportedMapping(Mapping[str, K]):
     """Kernels by name, compiled at their first use, a few in one process; once for all workers of a parallel run.
 
     They stay in `directory`, from where a later run takes those whose sources are the same.
@@ -60,9 +63,13 @@ class ExportedKernels(Mapping[str, ExportedKernel]):
 
     def __init__(self, specs: Mapping[str, Any], directory: Path) -> None:
         self._specs, self._directory = specs, directory
-        self._made: dict[str, ExportedKernel] = {}
+        self._made: dict[str, K] = {}
 
-    def __getitem__(self, name: str) -> ExportedKernel:
+    def kernel(self, spec: Any, place: Path) -> K:
+        """Of the files in `place`."""
+        raise NotImplementedError
+
+    def __getitem__(self, name: str) -> K:
         spec, names = self._specs[name], list(self._specs)
         start = names.index(name) // self.together * self.together
         batch = {self._specs[n].key: self._specs[n] for n in names[start : start + self.together]}
@@ -79,10 +86,17 @@ class ExportedKernels(Mapping[str, ExportedKernel]):
                     for suffix in self.suffixes:
                         (made / f"{s.name}{suffix}").rename(own / f"{s.name}{suffix}")
                     own.rename(self._directory / key)
-        return self._made.setdefault(name, ExportedKernel(spec, place))
+        return self._made.setdefault(name, self.kernel(spec, place))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._specs)
 
     def __len__(self) -> int:
         return len(self._specs)
+
+
+class ExportedKernels(ExportedMapping[ExportedKernel]):
+    """Of kernels that the package's own host code launches."""
+
+    def kernel(self, spec: Any, place: Path) -> ExportedKernel:
+        return ExportedKernel(spec, place)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 
+from backends.blackwell.exported import ExportedMapping
 from glu4.backends.blackwell.config import Config, candidates
-from glu4.backends.blackwell.emulation import Exported, Operands, export
+from glu4.backends.blackwell.emulation import Exported, Operands
 from glu4.backends.blackwell.spec import KernelSpec
 from glu4.emulator.launch import Result
 from glu4.nvfp4 import NVFP4Tensor
@@ -198,36 +197,11 @@ def exchanged(case: Case) -> Case:
     return replace(case, gate=case.up, up=case.gate)
 
 
-class Kernels(Mapping[str, Exported]):
-    """Kernels by name, compiled at their first use, a few in one process; once for all workers of a parallel run.
+class Kernels(ExportedMapping[Exported]):
+    """Of kernels that CuTe DSL's own host code launches."""
 
-    They stay in `directory`, from where a later run takes those whose sources are the same.
-    """
+    suffixes = (".ptx", ".cubin", ".o", ".h")
+    together = _TOGETHER
 
-    def __init__(self, specs: Mapping[str, KernelSpec], directory: Path) -> None:
-        self._specs, self._directory = specs, directory
-
-    def __getitem__(self, name: str) -> Exported:
-        spec, names = self._specs[name], list(self._specs)
-        start = names.index(name) // _TOGETHER * _TOGETHER
-        batch = {self._specs[n].key: self._specs[n] for n in names[start : start + _TOGETHER]}
-        place = self._directory / spec.key
-        if not place.exists():
-            with FileLock(self._directory / f"{next(iter(batch))}.lock"):
-                missing = {key: s for key, s in batch.items() if not (self._directory / key).exists()}
-                made = self._directory / f"{spec.key}.making"
-                if missing:
-                    export(list(missing.values()), made)
-                for key, s in missing.items():
-                    own = made / key
-                    own.mkdir()
-                    for suffix in (".ptx", ".cubin", ".o", ".h"):
-                        (made / f"{s.name}{suffix}").rename(own / f"{s.name}{suffix}")
-                    own.rename(self._directory / key)
+    def kernel(self, spec: KernelSpec, place: Path) -> Exported:
         return Exported(spec, place)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._specs)
-
-    def __len__(self) -> int:
-        return len(self._specs)

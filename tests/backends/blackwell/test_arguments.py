@@ -14,9 +14,9 @@ from backends.blackwell.kernels import KERNELS, PROCESSORS, Kernels
 from fake_blackwell import FakeBlackwell, fake_blackwell
 from glu4.backends.blackwell import arguments
 from glu4.backends.blackwell.arguments import ADDRESSES, Shape
-from glu4.backends.blackwell.build import _param_sizes
 from glu4.backends.blackwell.config import Config
 from glu4.backends.blackwell.spec import KernelSpec
+from glu4.compiled.building import param_sizes
 from glu4.emulator.capture import capture, pointer, scalar
 from glu4.emulator.tensor_map import decode, encode
 
@@ -64,7 +64,7 @@ def test_parameters_are_those_of_the_host_code(cuda: FakeBlackwell, kernels: Ker
     spec = KERNELS[name][0]
     launch = captured(kernels, name, shape, 29)
     ours = arguments.parameters(spec, shape, PLACES, 29, CONSTANTS)
-    assert [len(b) for b in ours] == [len(b) for b in launch.params] == arguments.sizes(spec) == _param_sizes(kernels[name].ptx)
+    assert [len(b) for b in ours] == [len(b) for b in launch.params] == arguments.sizes(spec) == param_sizes(kernels[name].ptx)
     for i, (mine, theirs) in enumerate(zip(ours[2:], launch.params[2:], strict=True)):  # two tiled MMAs hold nothing
         assert canonical(mine) == canonical(theirs), f"parameter {i + 2}"
     c = spec.config

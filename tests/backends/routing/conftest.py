@@ -6,11 +6,12 @@ import importlib.util
 
 import pytest
 
-from backends.routing.routed import Made, compiled
+from backends.blackwell.exported import ExportedKernel
+from backends.routing.routed import compiled
 
 
 @pytest.fixture(scope="session", params=["sm_90a", "sm_100a"])
-def kernels(request: pytest.FixtureRequest) -> dict[str, Made]:
+def kernels(request: pytest.FixtureRequest) -> dict[str, ExportedKernel]:
     """By name. The files stay from run to run, in pytest's cache."""
     if importlib.util.find_spec("cutlass") is None:
         pytest.skip("needs CuTe DSL to compile the kernels")

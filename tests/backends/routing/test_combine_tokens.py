@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends.routing.routed import Made, device, run
+from backends.blackwell.exported import ExportedKernel
+from backends.routing.routed import device, run
 from glu4.backends.routing import launch
 from glu4.compiled.cubin import resources
 from glu4.emulator.capture import capture, pointer, scalar
@@ -50,7 +51,7 @@ def case(seed: int, tokens: int, top_k: int, columns: int, dtype: torch.dtype) -
     return y, routing, weights
 
 
-def combine(kernels: dict[str, Made], y: Tensor, routing: Routing, weights: Tensor, **options: Any) -> list[str]:
+def combine(kernels: dict[str, ExportedKernel], y: Tensor, routing: Routing, weights: Tensor, **options: Any) -> list[str]:
     """What is wrong."""
     with device(kernels) as recorder:
         out = moe_combine(y, routing, weights)
@@ -67,19 +68,19 @@ def combine(kernels: dict[str, Made], y: Tensor, routing: Routing, weights: Tens
 @pytest.mark.parametrize(
     ("tokens", "top_k", "columns"), [(1, 1, 8), (3, 8, 2048), (9, 2, 1032), (5, 3, 13), (2, 5, 1), (4, 1, 1025)]
 )
-def test_every_size(kernels: dict[str, Made], name: str, tokens: int, top_k: int, columns: int) -> None:
+def test_every_size(kernels: dict[str, ExportedKernel], name: str, tokens: int, top_k: int, columns: int) -> None:
     """One column and several CTAs of them, columns that are no multiple of 16 bytes."""
     for schedule in ("lazy", "random"):
         assert not combine(kernels, *case(1, tokens, top_k, columns, TYPES[name]), schedule_name=schedule)
 
 
-def test_rows_that_begin_anywhere(kernels: dict[str, Made]) -> None:
+def test_rows_that_begin_anywhere(kernels: dict[str, ExportedKernel]) -> None:
     y, routing, weights = case(2, 6, 2, 16, torch.float16)
     shifted = torch.zeros(y.numel() + 1, dtype=torch.float16)[1:].view(y.shape).copy_(y)
     assert not combine(kernels, shifted, routing, weights)
 
 
-def test_nobody_is_chosen(kernels: dict[str, Made]) -> None:
+def test_nobody_is_chosen(kernels: dict[str, ExportedKernel]) -> None:
     routing = sort_by_expert(torch.full((3, 2), -1), 5)
     y, weights = torch.full((6, 16), torch.nan).half(), torch.full((3, 2), torch.nan)
     assert not combine(kernels, y, routing, weights)
@@ -94,7 +95,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_found(kernels: dict[str, Made], fault: str) -> None:
+def test_planted_faults_are_found(kernels: dict[str, ExportedKernel], fault: str) -> None:
     old, new, kind = FAULTS[fault]
     made = kernels["combine_tokens_f16"]
     changed = re.sub(old, new, made.ptx)
@@ -106,14 +107,14 @@ def test_planted_faults_are_found(kernels: dict[str, Made], fault: str) -> None:
     assert any(kind in f for f in found), found
 
 
-def test_another_weight_is_found(kernels: dict[str, Made]) -> None:
+def test_another_weight_is_found(kernels: dict[str, ExportedKernel]) -> None:
     y, routing, weights = case(4, 12, 4, 32, torch.float16)
     assert routing.places is not None
     wrong = routing._replace(places=routing.places.roll(1))
     assert "numbers" in combine(kernels, y, wrong, weights)
 
 
-def test_what_torch_adds_instead(kernels: dict[str, Made]) -> None:
+def test_what_torch_adds_instead(kernels: dict[str, ExportedKernel]) -> None:
     y, routing, weights = case(5, 4, 2, 16, torch.float16)
     with device(kernels) as recorder:
         assert launch.combines(y, torch.float16)
@@ -128,7 +129,7 @@ def test_what_torch_adds_instead(kernels: dict[str, Made]) -> None:
     assert not launch.combines(y, torch.float16), "no kernel runs on a CPU"
 
 
-def test_parameters_are_those_of_the_host_code(kernels: dict[str, Made]) -> None:
+def test_parameters_are_those_of_the_host_code(kernels: dict[str, ExportedKernel]) -> None:
     for name, dtype in TYPES.items():
         made = kernels[f"combine_tokens_{name}"]
         y, routing, weights = case(6, 7, 3, 1100, dtype)
@@ -141,4 +142,4 @@ def test_parameters_are_those_of_the_host_code(kernels: dict[str, Made]) -> None
         assert ours.params[5:] == theirs.params[5:]
         assert (ours.grid, ours.block) == (theirs.grid, theirs.block) == ((7, 2, 1), (128, 1, 1))
         assert ours.dynamic_smem == theirs.dynamic_smem == 0
-        assert resources(made.file(".cubin").read_bytes()) == (made.description["registers"], 0)
+        assert resources(made.cubin) == (made.description["registers"], 0)

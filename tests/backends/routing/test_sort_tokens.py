@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from backends.blackwell.exported import ExportedKernel
 from backends.blackwell.test_group_gemm import TWENTY
-from backends.routing.routed import Made, device, run
+from backends.routing.routed import device, run
 from glu4.backends.routing import launch
 from glu4.backends.routing.spec import MAX_KEYS, SORT_BYTES
 from glu4.compiled.cubin import resources
@@ -22,7 +23,7 @@ from test_moe import sorted_by_hand
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def sort(kernels: dict[str, Made], ids: Tensor, experts: int, **options: Any) -> list[str]:
+def sort(kernels: dict[str, ExportedKernel], ids: Tensor, experts: int, **options: Any) -> list[str]:
     """What is wrong: hazards, the order, its inverse, the offsets."""
     with device(kernels) as recorder:
         routing = sort_by_expert(ids, experts)
@@ -48,24 +49,24 @@ CASES = [
 
 
 @pytest.mark.parametrize(("tokens", "top_k", "experts", "dtype"), CASES)
-def test_any_routing(kernels: dict[str, Made], tokens: int, top_k: int, experts: int, dtype: torch.dtype) -> None:
+def test_any_routing(kernels: dict[str, ExportedKernel], tokens: int, top_k: int, experts: int, dtype: torch.dtype) -> None:
     """Ids below 0 and above the experts among them, one choice and thousands, one expert and as many as there may be."""
     assert not sort(kernels, draw(1, tokens, top_k, -2, experts + 2, dtype), experts)
 
 
-def test_ids_at_the_ends_of_their_type_are_no_experts(kernels: dict[str, Made]) -> None:
+def test_ids_at_the_ends_of_their_type_are_no_experts(kernels: dict[str, ExportedKernel]) -> None:
     ends = [[2**63 - 1, -(2**63), 2**32], [2**32 + 1, 1, -(2**32)], [0, 2**31, 2]]
     assert not sort(kernels, torch.tensor(ends), 3)
     assert not sort(kernels, torch.tensor([[2**31 - 1, 1], [-(2**31), 0]], dtype=torch.int32), 2)
 
 
-def test_all_choose_one_expert(kernels: dict[str, Made]) -> None:
+def test_all_choose_one_expert(kernels: dict[str, ExportedKernel]) -> None:
     for chosen in (-1, 0, 6, 7):
         assert not sort(kernels, torch.full((333, 2), chosen), 7)
 
 
 @pytest.mark.parametrize("schedule", TWENTY, ids=str)
-def test_twenty_schedules(kernels: dict[str, Made], schedule: tuple[str, int]) -> None:
+def test_twenty_schedules(kernels: dict[str, ExportedKernel], schedule: tuple[str, int]) -> None:
     ids = draw(2, 150, 8, -1, 33, torch.int64)
     assert not sort(kernels, ids, 32, schedule_name=schedule[0], seed=schedule[1])
 
@@ -83,7 +84,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_found(kernels: dict[str, Made], fault: str) -> None:
+def test_planted_faults_are_found(kernels: dict[str, ExportedKernel], fault: str) -> None:
     pattern, new, spared, kind = FAULTS[fault]
     text = kernels["sort_tokens"].ptx
     places = list(re.finditer(pattern, text))
@@ -99,7 +100,7 @@ def test_planted_faults_are_found(kernels: dict[str, Made], fault: str) -> None:
     assert any(kind in f for f in found), found
 
 
-def test_what_torch_sorts_instead(kernels: dict[str, Made]) -> None:
+def test_what_torch_sorts_instead(kernels: dict[str, ExportedKernel]) -> None:
     cpu = torch.device("cpu")
     with device(kernels) as recorder:
         assert launch.sorts(cpu, 1, MAX_KEYS - 1)
@@ -113,7 +114,7 @@ def test_what_torch_sorts_instead(kernels: dict[str, Made]) -> None:
     assert not launch.sorts(cpu, 512, 128), "no kernel runs on a CPU"
 
 
-def test_parameters_are_those_of_the_host_code(kernels: dict[str, Made]) -> None:
+def test_parameters_are_those_of_the_host_code(kernels: dict[str, ExportedKernel]) -> None:
     made = kernels["sort_tokens"]
     given = [pointer(0x7000_0000_0000 + (i << 36)) for i in range(4)] + [scalar("i32", v) for v in (80, 2, 5)] + [pointer(0)]
     (theirs,) = capture(made.file(".o"), made.ptx, given)
@@ -124,5 +125,5 @@ def test_parameters_are_those_of_the_host_code(kernels: dict[str, Made]) -> None
     assert ours.params[4:] == theirs.params[4:]
     assert (ours.grid, ours.block) == (theirs.grid, theirs.block) == ((1, 1, 1), (1024, 1, 1))
     assert ours.dynamic_smem == theirs.dynamic_smem == SORT_BYTES
-    assert resources(made.file(".cubin").read_bytes()) == (made.description["registers"], 0)
+    assert resources(made.cubin) == (made.description["registers"], 0)
     assert made.description["registers"] <= 64, "1024 threads have 64 registers each"

@@ -14,21 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from glu4.backends.blackwell.spec import KernelSpec
+from glu4.compiled.building import param_sizes
 from glu4.compiled.cubin import resources
 from glu4.compiled.store import DSL_VERSION, write
 
 __all__ = ["compile_spec", "export", "main"]
-
-# .param .align 64 .b8 NAME[128], or .param .u32 NAME, or .param .u64 .ptr .global .align 2 NAME
-_POINTER = r"(?:\s+\.ptr(?:\s+\.(?:[a-z]+|align\s+\d+))*)?"
-_PARAM = re.compile(rf"\.param\s+(?:\.align\s+\d+\s+)?\.[a-z]+(\d+){_POINTER}\s+[\w$]+(?:\[(\d+)\])?")
-
-
-def _param_sizes(ptx: str) -> list[int]:
-    """Bytes of each kernel parameter, in order."""
-    head = ptx[ptx.index(".entry") :]
-    listing = head[head.index("(") : head.index("\n)")]
-    return [int(bits) // 8 * int(count or 1) for bits, count in _PARAM.findall(listing)]
 
 
 def _compile(spec: KernelSpec, directory: str) -> Any:
@@ -68,7 +58,7 @@ def compile_spec(spec: KernelSpec, directory: str) -> tuple[bytes, dict[str, Any
     description = {
         "spec": spec.to_dict(),
         "entry": entry.group(1),
-        "params": _param_sizes(ptx),
+        "params": param_sizes(ptx),
         "threads": spec.config.threads,
         "cluster": [spec.config.ctas, 1, 1],
         "shared_bytes": spec.config.shared_bytes(spec.weights),

@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from glu4.backends.blackwell.build import _param_sizes
 from glu4.backends.blackwell.grouped_spec import GroupSpec
+from glu4.compiled.building import param_sizes
 from glu4.compiled.cubin import resources
 from glu4.compiled.store import DSL_VERSION, write
 
@@ -57,7 +57,7 @@ def compile_grouped(spec: GroupSpec, directory: str) -> tuple[bytes, str, dict[s
     description = {
         "spec": spec.to_dict(),
         "entry": entry.group(1),
-        "params": _param_sizes(ptx),
+        "params": param_sizes(ptx),
         "threads": config.mma.threads,
         "cluster": [config.ctas, 1, 1],
         "shared_bytes": config.shared_bytes,

@@ -12,7 +12,8 @@ __all__ = ["MAX_KEYS", "SORT_BYTES", "WARPS", "CombineSpec", "SortSpec", "shippe
 WARPS = 32
 MAX_KEYS = 1024  # experts, and one more for choices of none: a thread each
 SORT_BYTES = 4 * WARPS * (MAX_KEYS + 1)
-_SOURCES = tuple(f"backends/routing/{name}.py" for name in ("sort_tokens", "combine_tokens", "spec", "build"))
+_FILES = ("sort_tokens", "combine_tokens", "spec", "build")
+_SOURCES = ("compiled/building.py", *(f"backends/routing/{name}.py" for name in _FILES))
 _BUILDER = "glu4.backends.routing.build"  # the module that compiles these, run in a process of its own
 
 
