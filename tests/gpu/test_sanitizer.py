@@ -99,7 +99,8 @@ def run_under(
         pytest.skip("needs compute-sanitizer: on PATH, in /usr/local/cuda, or pip install nvidia-cuda-sanitizer-api")
     command = [program, "--tool", tool, "--report-api-errors", "no", "--launch-timeout", "120", "--print-limit", "20"]
     command += [*options, sys.executable, "-m", program_module, *arguments]
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    # torch's threads on the CPU, one a core, keep each other waiting under compute-sanitizer
+    environment = {"OMP_NUM_THREADS": "4", **os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(
         command, cwd=root / "tests", env=environment, capture_output=True, text=True, timeout=280, check=False
     )
