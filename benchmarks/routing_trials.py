@@ -2,7 +2,8 @@
 
     python benchmarks/routing_trials.py --output FILE       # on a Hopper GPU with compiled kernels; CuTe DSL is not needed
 
-sort     `sort_by_expert` of T x top_k choices, drawn by seed
+sorts    `sort_by_expert` of more and more choices, drawn by seed: by one CTA, by a cluster, by torch
+sort     of a layer's T x top_k choices
 combine  `moe_combine` of T x top_k rows
 layer    gate and up, down projection (NVFP4) and both of these, 16-bit tokens
 
@@ -34,6 +35,8 @@ LAYERS = {
     "E128 x4": (128, 768, 2048, 64, 8), "E128 x64": (128, 768, 2048, 1024, 8), "E128 x512": (128, 768, 2048, 8192, 8),
     "E32 x4": (32, 2048, 7168, 16, 8), "E32 x128": (32, 2048, 7168, 512, 8),
 }  # fmt: skip
+# choices, experts
+SORTS = [(1 << bits, experts) for experts in (32, 128, 512) for bits in (9, 10, 11, 13, 16, 17)]
 
 
 @contextmanager
@@ -97,23 +100,53 @@ def contenders(case: Case) -> dict[str, list[Callable[[], object]]]:
     return found
 
 
+def sorts(choices: int, experts: int, seed: int = 0) -> dict[str, object]:
+    """Times of one sort by each way, and which are wrong."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, experts, (choices // 8, 8), generator=draw)
+    there, want = [ids.cuda() for _ in range(4)], sort_by_expert(ids, experts)
+    row: dict[str, object] = {"choices": choices, "experts": experts}
+    calls: dict[str, list[Callable[[], object]]] = {}
+    for name, alone in {"one CTA": choices, "cluster": 0, "torch": None}.items():
+
+        def call(i: int, alone: int | None = alone) -> Routing:
+            most = 0 if alone is None else choices
+            with patch.object(launch, "ALONE", alone or 0), patch.object(launch, "MOST_CHOICES", most):
+                return sort_by_expert(there[i], experts)
+
+        if not all(torch.equal(a.cpu(), b) for a, b in zip(call(0), want, strict=True)):  # type: ignore[union-attr,arg-type]
+            row["wrong"] = name
+        calls[name] = [lambda i=i, call=call: call(i) for i in range(4)]  # type: ignore[misc]
+    for name, timing in interleaved(calls, Cuda()).items():
+        row[name] = [timing.us, timing.us_min] if isinstance(timing, Timing) else str(timing)
+    return row
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> None:
+    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--only", default="", help="layers whose names hold this")
+    parser.add_argument("--only", default="", help="layers whose names hold this; sorts for no layer")
     options = parser.parse_args()
     if not launch.sorts(torch.device("cuda", 0), 512, 128):
         raise SystemExit("no kernel that sorts: glu4 compile, then GLU4_CACHE_DIR")
-    rows = []
+    rows: list[dict[str, object]] = []
+    for choices, experts in SORTS:
+        rows.append(sorts(choices, experts))
+        print(rows[-1], flush=True)
+        write(options.output, rows)
     for name in (n for n in LAYERS if options.only in n):
         case = Case(name)
-        row: dict[str, object] = {"case": name, "wrong": case.wrong()}
+        row = {"case": name, "wrong": case.wrong()}
         rows.append(row)
         if not row["wrong"]:
             for way, timing in interleaved(contenders(case), Cuda()).items():
-                row[way] = [timing.us, timing.us_min] if isinstance(timing, Timing) else timing.message
+                row[way] = [timing.us, timing.us_min] if isinstance(timing, Timing) else str(timing)
         print(name, row["wrong"] or {k: v for k, v in row.items() if isinstance(v, list)}, flush=True)
-        options.output.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
+        write(options.output, rows)
         del case
         torch.cuda.empty_cache()
 

@@ -65,10 +65,7 @@ def test_explain_on_a_hopper_gpu(bare: FakeCuda, monkeypatch: pytest.MonkeyPatch
         assert explain(GroupedProblem(1, 2, 8, 16), "cpu").chosen == "hopper"
         linear_problem = GroupedProblem(1, 2, 8, 16, operation="grouped_linear")
         assert explain(linear_problem, "cpu").chosen == "hopper"
-        assert "hopper: yes, weights packed by prepare, decoded in registers; executed in emulation only so far" in str(
-            explain(linear_problem, "cpu")
-        )
-        assert "emulation" not in str(explain(GroupedProblem(1, 2, 8, 16), "cpu")).splitlines()[1]
+        assert "emulation" not in str(explain(linear_problem, "cpu")).splitlines()[1]
         many = explain(GroupedProblem(1, 513, 8, 16), "cpu")
         assert many.chosen == "portable"
         assert "513 experts: the kernel's schedule holds up to" in str(many)

@@ -208,16 +208,11 @@ def explain(problem: Problem | GroupedProblem, device: torch.device | str = "cpu
     if other is None and not _compiled_blackwell(problem, device):
         other = _TO_COMPILE if _can_compile() else _not_compiled(blackwell.architecture(device) or "")
     candidates = (
-        Candidate("hopper", refusal is None, refusal or _HOPPER + _hopper_caveat(problem)),
+        Candidate("hopper", refusal is None, refusal or _HOPPER),
         Candidate("blackwell", other is None, other or _BLACKWELL),
         Candidate("portable", True, _portable_reason(problem, device)),
     )
     return Explanation(problem, _describe(device), candidates)
-
-
-def _hopper_caveat(problem: Problem | GroupedProblem) -> str:
-    """What a user should know of a Hopper kernel that no GPU has run yet."""
-    return "; executed in emulation only so far" if problem.operation == "grouped_linear" else ""
 
 
 def _compiled(problem: Problem | GroupedProblem) -> bool:

@@ -22,7 +22,7 @@ from glu4.backends.blackwell import launch as blackwell
 from glu4.backends.hopper.config import DECODE_THREADS, SHIPPED, Config
 from glu4.backends.hopper.grouped_config import GATHER_CONFIGS, GROUPED_SHIPPED
 from glu4.backends.hopper.spec import DecodeSpec, GroupedSpec, KernelSpec
-from glu4.backends.routing.spec import SORT_BYTES, CombineSpec, SortSpec
+from glu4.backends.routing.spec import CombineSpec, SortSpec
 from glu4.cli import app, output
 from glu4.compiled import store
 from glu4.dispatch import every_kernel
@@ -52,7 +52,7 @@ def resources(spec: store.Spec) -> tuple[int, int | None, int]:
     if isinstance(spec, (DecodeSpec, CombineSpec)):
         return DECODE_THREADS if isinstance(spec, DecodeSpec) else 128, None, 0
     if isinstance(spec, SortSpec):
-        return 1024, None, SORT_BYTES
+        return 1024, None, spec.shared_bytes
     if isinstance(spec, GroupedSpec):
         return spec.config.threads, spec.config.launch_registers, spec.config.shared_bytes
     assert isinstance(spec, KernelSpec)

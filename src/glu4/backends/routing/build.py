@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from glu4.backends.routing.spec import SORT_BYTES, CombineSpec, SortSpec, spec_from_dict
+from glu4.backends.routing.spec import CombineSpec, SortSpec, spec_from_dict
 from glu4.compiled.building import compiled, main, pointer
 
 
@@ -20,9 +20,9 @@ def _make(spec: SortSpec | CombineSpec, directory: str) -> tuple[Any, dict[str, 
 
     i32, i64 = cutlass.Int32, cutlass.Int64
     if isinstance(spec, SortSpec):
-        kernel: Any = sort_tokens.SortTokens()
+        kernel: Any = sort_tokens.SortTokens(spec.ctas)
         types: tuple[Any, ...] = (i32, i64, i64, i32)
-        launched = {"threads": sort_tokens.THREADS, "shared_bytes": SORT_BYTES, "pdl": True}
+        launched = {"threads": sort_tokens.THREADS, "shared_bytes": spec.shared_bytes, "pdl": True}
     else:
         dtype = {"f16": cutlass.Float16, "bf16": cutlass.BFloat16}[spec.dtype]
         kernel = combine_tokens.CombineTokens(dtype)

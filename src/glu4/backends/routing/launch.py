@@ -7,11 +7,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from glu4.backends.routing.spec import MAX_KEYS, CombineSpec, SortSpec, shipped
+from glu4.backends.routing.spec import CLUSTER, MAX_KEYS, CombineSpec, SortSpec, shipped
 from glu4.compiled import store
 from glu4.compiled.driver import Kernel
 
-__all__ = ["MOST_CHOICES", "architecture", "combine", "combines", "forget", "load", "made_kernel", "sort", "sorts"]
+__all__ = ["ALONE", "MOST_CHOICES", "architecture", "combine", "combines", "forget", "load", "made_kernel", "sort", "sorts"]
 
 _C = torch._C
 # of sort: ids, order, places, offsets; how many, 32-bit words of each, experts
@@ -20,8 +20,8 @@ _PARAMETERS = {SortSpec: ("Q", "Q", "Q", "Q", "i", "i", "i"), CombineSpec: ("Q",
 _TARGETS = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a"}
 _TYPES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 _COLUMNS = 1024  # of combine's CTA
-# one CTA sorts: above this torch's sort, which takes all of the GPU, is taken for faster. Predicted, not measured
-MOST_CHOICES = 1 << 16
+MOST_CHOICES = 1 << 17  # twice as fast as torch there, level at twice as many (benchmarks/results/h200-sorts.json)
+ALONE = 1536  # choices that one CTA sorts; a cluster is faster from between 1024 and 2048 on
 
 
 @cache
@@ -43,7 +43,8 @@ def _kernel(spec: SortSpec | CombineSpec) -> Kernel | None:
 
 def made_kernel(spec: SortSpec | CombineSpec, cubin: bytes, description: dict[str, object]) -> Kernel:
     """The kernel of a cubin, as its builder described it."""
-    return Kernel(cubin, description, _PARAMETERS[type(spec)])
+    cluster = (spec.ctas, 1, 1) if isinstance(spec, SortSpec) else (1, 1, 1)
+    return Kernel(cubin, description, _PARAMETERS[type(spec)], cluster=cluster)
 
 
 def load(device: torch.device) -> None:
@@ -64,7 +65,11 @@ def sorts(device: torch.device, choices: int, experts: int) -> bool:
     """Whether `sort` can do it and is expected to be faster than torch's sort."""
     arch = architecture(device)
     fits = 0 < choices <= MOST_CHOICES and experts < MAX_KEYS
-    return fits and arch is not None and _kernel(SortSpec(arch)) is not None
+    return fits and arch is not None and _kernel(_sorter(arch, choices)) is not None
+
+
+def _sorter(arch: str, choices: int) -> SortSpec:
+    return SortSpec(arch, 1 if choices <= ALONE else CLUSTER)
 
 
 def sort(ids: Tensor, experts: int, order: Tensor, places: Tensor, offsets: Tensor) -> None:
@@ -76,7 +81,8 @@ def sort(ids: Tensor, experts: int, order: Tensor, places: Tensor, offsets: Tens
     """
     addresses = [t.data_ptr() for t in (ids, order, places, offsets)]
     sizes = (ids.numel(), ids.element_size() // 4, experts)
-    _launch(SortSpec(str(architecture(ids.device))), ids.get_device(), (1, 1, 1), (*addresses, *sizes))
+    spec = _sorter(str(architecture(ids.device)), ids.numel())
+    _launch(spec, ids.get_device(), (spec.ctas, 1, 1), (*addresses, *sizes))
 
 
 def combines(y: Tensor, out_dtype: torch.dtype) -> bool:

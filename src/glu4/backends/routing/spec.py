@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 from glu4.compiled.sources import kernel_key
 
-__all__ = ["MAX_KEYS", "SORT_BYTES", "WARPS", "CombineSpec", "SortSpec", "shipped", "spec_from_dict"]
+__all__ = ["CLUSTER", "MAX_KEYS", "WARPS", "CombineSpec", "SortSpec", "shipped", "spec_from_dict"]
 
 WARPS = 32
 MAX_KEYS = 1024  # experts, and one more for choices of none: a thread each
-SORT_BYTES = 4 * WARPS * (MAX_KEYS + 1)
+CLUSTER = 8  # CTAs that sort many choices together: as many as any device of these takes
 _FILES = ("sort_tokens", "combine_tokens", "spec", "build")
 _SOURCES = ("compiled/building.py", *(f"backends/routing/{name}.py" for name in _FILES))
 _BUILDER = "glu4.backends.routing.build"  # the module that compiles these, run in a process of its own
@@ -19,16 +19,22 @@ _BUILDER = "glu4.backends.routing.build"  # the module that compiles these, run 
 
 @dataclass(frozen=True)
 class SortSpec:
-    """The kernel that sorts. arch: "sm_90a", "sm_100a" or "sm_103a"."""
+    """A kernel that sorts. arch: "sm_90a", "sm_100a" or "sm_103a"; ctas, of one cluster, that sort together."""
 
     arch: str
+    ctas: int = 1
 
     builder: ClassVar[str] = _BUILDER
 
     @property
     def name(self) -> str:
         """As DESIGN has it: architecture, then what it does."""
-        return f"{self.arch.rstrip('a').replace('_', '')}_sort_tokens"
+        return f"{self.arch.rstrip('a').replace('_', '')}_sort_tokens" + f"_c{self.ctas}" * (self.ctas > 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        """A table of counts, a row a warp; sums of the warps; and what the other CTAs of a cluster read."""
+        return 4 * WARPS * (MAX_KEYS + 1) + 4 * MAX_KEYS * (self.ctas > 1)
 
     @property
     def key(self) -> str:
@@ -69,4 +75,4 @@ def spec_from_dict(d: dict[str, Any]) -> SortSpec | CombineSpec:
 
 def shipped(arch: str) -> list[SortSpec | CombineSpec]:
     """Every kernel of an architecture."""
-    return [SortSpec(arch), CombineSpec("f16", arch), CombineSpec("bf16", arch)]
+    return [SortSpec(arch), SortSpec(arch, CLUSTER), CombineSpec("f16", arch), CombineSpec("bf16", arch)]
