@@ -130,11 +130,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--only", default="", help="layers whose names hold this; sorts for no layer")
+    parser.add_argument("--layers", action="store_true", help="no sorts beside layers")
     options = parser.parse_args()
     if not launch.sorts(torch.device("cuda", 0), 512, 128):
         raise SystemExit("no kernel that sorts: glu4 compile, then GLU4_CACHE_DIR")
     rows: list[dict[str, object]] = []
-    for choices, experts in SORTS:
+    for choices, experts in () if options.layers else SORTS:
         rows.append(sorts(choices, experts))
         print(rows[-1], flush=True)
         write(options.output, rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
-from glu4.backends.hopper.grouped_config import FINISH_STEPS, STEP_COST, GroupedConfig
+from glu4.backends.hopper.grouped_config import FINISH_STEPS, FIT_EXPERTS, STEP_COST, GroupedConfig
 
 
 class Tile(NamedTuple):
@@ -16,6 +16,17 @@ class Tile(NamedTuple):
     first: int
     end: int
     width: int
+
+
+class Fitted(NamedTuple):
+    """Rows `first` to `end` of x, multiplied `width` wide, by row groups of an expert from `group` on."""
+
+    expert: int
+    group: int
+    first: int
+    end: int
+    width: int
+    groups: int
 
 
 class Piece(NamedTuple):
@@ -51,6 +62,38 @@ def plan(offsets: list[int], rows: int, row_tiles: int, config: GroupedConfig) -
                 costs.append(max(widths[e]) + STEP_COST)
                 first += width
     return found, costs
+
+
+def bands(count: int, narrow: int, wide: int, tall_tiles: int, low_tiles: int) -> tuple[int, int]:
+    """(tiles of 2 row groups and up to `wide` tokens beside each other, of 3 and up to `narrow`), in the fewest CTAs."""
+    ways = [(-(-max(count - tall * narrow, 0) // wide), tall) for tall in range(5)]
+    return min(ways, key=lambda way: way[0] * low_tiles + way[1] * tall_tiles)
+
+
+def fit(offsets: list[int], rows: int, groups: int, ctas: int, config: GroupedConfig) -> list[Fitted | None] | None:
+    """Each CTA's tile where all work fits into one round of them; None where it does not."""
+    begins, counts = clamped_counts(offsets, rows)
+    tall_tiles, low_tiles = -(-groups // 3), -(-groups // 2)
+    step = -(-3 * (STEP_COST + config.tokens) // 32)
+    for limit in range(step, 33 * step, step):
+        narrow, wide = (min(limit // r - STEP_COST, config.tokens) // config.grain * config.grain for r in (3, 2))
+        if narrow <= 0 or len(counts) > FIT_EXPERTS:
+            continue
+        chosen = [bands(count, narrow, wide, tall_tiles, low_tiles) for count in counts]
+        if sum(low * low_tiles + tall * tall_tiles for low, tall in chosen) > ctas:
+            continue
+        found: list[Fitted | None] = []
+        for e, (low, tall) in enumerate(chosen):
+            of_low = min(-(-max(counts[e] - tall * narrow, 0) // config.grain) * config.grain, counts[e])
+            for r, number, tiles, begin, end in ((2, low, low_tiles, 0, of_low), (3, tall, tall_tiles, of_low, counts[e])):
+                for row_tile, band in itertools.product(range(tiles), range(number)):
+                    grains = -(-(end - begin) // config.grain)
+                    widths = [grains // number + (b < grains % number) for b in range(number)]
+                    first, width = begin + sum(widths[:band]) * config.grain, widths[band] * config.grain
+                    a, b = begins[e] + first, begins[e] + min(first + width, end)
+                    found.append(Fitted(e, row_tile * r, a, b, width, r) if width else None)
+        return found + [None] * (ctas - len(found))
+    return None
 
 
 def cuts(costs: list[int], steps: int, ctas: int, config: GroupedConfig) -> tuple[int, list[tuple[int, int]]]:

@@ -19,7 +19,8 @@ Int32 = cutlass.Int32
 
 
 class Dump:
-    """out [ctas, turns, 8]: tile, first step, end, expert, row tile, first row, end and width of every piece of every CTA."""
+    """out [ctas, turns, 9]: tile, first step, end, expert, row tile or row group, first row, end, width and row groups of every
+    piece of every CTA."""
 
     def __init__(self, config: GroupedConfig) -> None:
         self.config, self.schedule = config, Schedule(config)
@@ -55,24 +56,29 @@ class Dump:
         scratch = shared.scratch.get_tensor(cute.make_layout((c.notes, c.threads // 32)))
         experts = offsets.shape[0] - 1
         self.schedule.compute(offsets, rows, starts, costs, order, bounds, scratch, thread)
+        if cutlass.const_expr(c.fit):
+            self.schedule.fit(bounds, plan, experts, row_tiles * c.rows, steps, thread)
         self.schedule.divide(starts, costs, order, plan, experts, row_tiles, steps, thread)
         if thread < 32:
             for turn in cutlass.range(self.schedule.turns(plan), unroll=1):
                 tile, first, end = self.schedule.piece(plan, turn, steps)
                 if first < end:
-                    at = self.schedule.locate(starts, order, bounds, experts, row_tiles, tile)
+                    if cutlass.const_expr(c.fit):
+                        at = self.schedule.locate(starts, order, bounds, plan, experts, row_tiles, tile)
+                    else:
+                        at = (*self.schedule.locate_whole(starts, order, bounds, experts, row_tiles, tile), Int32(c.rows))
                     if thread == 0:
                         out[cta, turn, 0] = tile
                         out[cta, turn, 1] = first
                         out[cta, turn, 2] = end
-                        for i in cutlass.range_constexpr(5):
+                        for i in cutlass.range_constexpr(6):
                             out[cta, turn, 3 + i] = at[i]
 
 
 def main() -> None:
     config: Any = eval(sys.argv[1])
     offsets = make_fake_tensor(Int32, (cute.sym_int(),), (1,), assumed_align=4)
-    out = make_fake_tensor(Int32, (cute.sym_int(), cute.sym_int(), 8), (cute.sym_int(), 8, 1), assumed_align=4)
+    out = make_fake_tensor(Int32, (cute.sym_int(), cute.sym_int(), 9), (cute.sym_int(), 9, 1), assumed_align=4)
     made = cute.compile(
         Dump(config), offsets, out, Int32(1), Int32(1), Int32(1), make_fake_stream(),
         options=f"--keep-ptx --dump-dir={Path(sys.argv[2]).parent}",

@@ -15,23 +15,28 @@ import pytest
 
 from glu4.backends.hopper.grouped_config import GroupedConfig
 from glu4.emulator.launch import emulate, load
-from grouped_twin import cuts, pieces, plan
+from grouped_twin import cuts, fit, pieces, plan
 
 CONFIG = GroupedConfig(32, 4, 8, 8, 2, least=2, share=160)
+WHOLE, FIT = (GroupedConfig(32, 3, 8, 8, 2, least=2, share=160, fit=fits) for fits in (False, True))
 
 
 @pytest.fixture(scope="module")
-def ptx(tmp_path_factory: pytest.TempPathFactory) -> str:
+def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[GroupedConfig, str]:
+    return {config: compiled(config, tmp_path_factory.mktemp("dump")) for config in (CONFIG, FIT)}
+
+
+def compiled(config: GroupedConfig, directory: Path) -> str:
     if importlib.util.find_spec("cutlass") is None:
         pytest.skip("needs CuTe DSL to compile the Hopper kernels")
-    path = tmp_path_factory.mktemp("dump") / "schedule.ptx"
+    path = directory / "schedule.ptx"
     environment = {
         "CUTE_DSL_ARCH": "sm_90a",
         "CUTE_DSL_DISABLE_FILE_CACHING": "1",
         "PATH": "/usr/bin:/bin",
         "HOME": str(path.parent),
     }
-    command = [sys.executable, str(Path(__file__).with_name("grouped_schedule_dump.py")), repr(CONFIG), str(path)]
+    command = [sys.executable, str(Path(__file__).with_name("grouped_schedule_dump.py")), repr(config), str(path)]
     subprocess.run(command, check=True, env=environment, timeout=300)
     return path.read_text()
 
@@ -60,27 +65,66 @@ def drawn(seed: int, experts: int) -> list[int]:
     ids=lambda v: str(len(v)) if isinstance(v, list) else str(v),
 )
 def test_the_device_has_the_twins_schedule(
-    ptx: str, offsets: list[int], rows: int, row_tiles: int, ctas: int, steps: int
+    ptx: dict[GroupedConfig, str], offsets: list[int], rows: int, row_tiles: int, ctas: int, steps: int
 ) -> None:
     tiles, costs = plan(offsets, rows, row_tiles, CONFIG)
     rounds, found = cuts(costs, steps, ctas, CONFIG)
     want = [pieces(cta, ctas, len(tiles), steps, rounds, found) for cta in range(ctas)]
-    turns = max(len(p) for p in want) + 2
+    for own, got in zip(want, dump(ptx[CONFIG], CONFIG, offsets, rows, row_tiles, ctas, steps), strict=True):
+        assert [tuple(row[:3]) for row in got] == [tuple(p) for p in own]
+        assert [tuple(row[3:8]) for row in got] == [tuple(tiles[p.tile]) for p in own]
+
+
+def dump(
+    ptx: str, config: GroupedConfig, offsets: list[int], rows: int, row_tiles: int, ctas: int, steps: int
+) -> list[list[list[int]]]:
+    """What each CTA computes, in order: tile, steps, expert, row tile or group, rows of x, width, row groups."""
+    turns = 2 * -(-len(plan(offsets, rows, row_tiles, config)[0]) // ctas) + 4
     launch = {
-        "grid": [ctas], "block": [CONFIG.threads], "dynamic_smem": 16384,
+        "grid": [ctas], "block": [config.threads], "dynamic_smem": 16384,
         "params": [
             {"pack": [{"ptr": "offsets"}, {"bytes": struct.pack("<i4x", len(offsets)).hex()}]},
-            {"pack": [{"ptr": "out"}, {"bytes": struct.pack("<iii4x", ctas, turns, turns * 8).hex()}]},
+            {"pack": [{"ptr": "out"}, {"bytes": struct.pack("<iii4x", ctas, turns, turns * 9).hex()}]},
             {"i32": row_tiles}, {"i32": rows}, {"i32": steps},
         ],
     }  # fmt: skip
-    buffers = {"offsets": np.array(offsets, np.int32), "out": np.full((ctas, turns, 8), -7, np.int32)}
+    buffers = {"offsets": np.array(offsets, np.int32), "out": np.full((ctas, turns, 9), -7, np.int32)}
     result = emulate(load(ptx), launch, buffers)
     assert result.report.clean, str(result.report)
-    for own, rows_of in zip(want, result.buffers["out"].tolist(), strict=True):
-        got = [row for row in rows_of if row[0] != -7]
-        assert [tuple(row[:3]) for row in got] == [tuple(p) for p in own]
-        assert [tuple(row[3:]) for row in got] == [tuple(tiles[p.tile]) for p in own]
+    return [[row for row in rows_of if row[0] != -7] for rows_of in result.buffers["out"].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("offsets", "row_tiles", "ctas", "fits"),
+    [
+        ([0, 24, 64], 4, 17, True),
+        ([0, 24, 64], 4, 60, True),
+        ([0, 24, 64], 4, 11, False),
+        ([0, 33, 33, 97], 2, 23, True),
+        ([4, 90, -3, 12, 7], 3, 40, True),
+        ([0, 0, 0], 2, 3, True),
+        ([0, 1, 2, 3, 4, 5, 6, 7, 8], 1, 8, True),
+        ([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], 1, 12, False),
+        ([0, 130, 131, 149], 3, 48, True),
+    ],
+    ids=lambda v: str(len(v)) if isinstance(v, list) else str(v),
+)
+def test_the_device_fits_tiles_as_the_twin_does(
+    ptx: dict[GroupedConfig, str], offsets: list[int], row_tiles: int, ctas: int, fits: bool
+) -> None:
+    rows, steps = max(offsets[-1] + 1, 9), 5
+    want = fit(offsets, rows, 3 * row_tiles, ctas, FIT)
+    got = dump(ptx[FIT], FIT, offsets, rows, row_tiles, ctas, steps)
+    assert (want is not None) == fits
+    if want is None:
+        tiles, costs = plan(offsets, rows, row_tiles, WHOLE)
+        rounds, found = cuts(costs, steps, ctas, WHOLE)
+        whole = [pieces(cta, ctas, len(tiles), steps, rounds, found) for cta in range(ctas)]
+        assert [[tuple(row[:3]) for row in own] for own in got] == [[tuple(p) for p in own] for own in whole]
+        parts = [[(e, 3 * r, a, b, w, 3) for e, r, a, b, w in (tiles[p.tile] for p in own)] for own in whole]
+        assert [[tuple(row[3:]) for row in own] for own in got] == parts
+    else:
+        assert [[tuple(row) for row in own] for own in got] == [[(0, 0, steps, *t)] if t else [] for t in want]
 
 
 def test_some_of_these_are_shared_and_some_are_not() -> None:

@@ -24,7 +24,7 @@ from glu4.emulator.launch import Result, emulate, load
 from glu4.nvfp4 import NVFP4Tensor
 from glu4.verify.case import Case
 from glu4.verify.checker import check
-from grouped_twin import cuts, pieces, plan
+from grouped_twin import cuts, fit, pieces, plan
 from operands import full_range
 
 MOST = 300_000  # warp instructions of a kernel with a fault
@@ -240,9 +240,29 @@ def test_tiles_that_several_ctas_share(ctas: int) -> None:
         assert (result.buffers["c"] == results[0].buffers["c"]).all()
 
 
+FIT = GroupedConfig(32, 3, 8, 8, 4, fit=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ctas", [13, pytest.param(18, marks=pytest.mark.long)])
+def test_tiles_that_fit(ctas: int) -> None:
+    """Tiles of 2 and 3 row groups, one a CTA; no sums are left; the bits are those of other tiles, whatever comes first."""
+    experts = Experts([3, 0, 9, 61], 136, 640)
+    found = fit(experts.offsets, 75, 5, ctas, FIT)
+    assert found is not None
+    assert {t.groups for t in found if t} == {2, 3}
+    other = experts.run(ptx(CONFIG), replace(CONFIG, share=(1 << 20) - 1), ctas=2)
+    for seed in (1, 2):
+        result = experts.run(ptx(FIT), FIT, ctas=ctas, schedule="random", seed=seed)
+        assert result.report.clean, str(result.report)
+        assert experts.wrong(result) == []
+        assert np.isnan(result.buffers["partials"]).all()
+        assert (result.buffers["c"] == other.buffers["c"]).all()
+
+
 FAULTS = {
     "another expert's scale": ("self.scales(up_scale[expert], x_scale, flags)", "self.scales(up_scale[0], x_scale, flags)"),
-    "another expert's weights": ("weights[(expert, 0, 0, None)]", "weights[(0, 0, 0, None)]"),
+    "another expert's weights": ("weights[(expert, from_group, 0, None)]", "weights[(0, from_group, 0, None)]"),
     "another expert's bias": ("up_bias[(expert, None)]", "up_bias[(0, None)]"),
     "rows of the next expert": ("cutlass.min(end, first + width), width", "first + width, width"),
     "tokens from x's start": ("cute.domain_offset((first, 0), x)", "cute.domain_offset((0, 0), x)"),

@@ -124,7 +124,7 @@ FAULTS = {
     "a half staged before the other is read": (HALF + SYNC, HALF),
     "another expert's scale": ("self.scales(up_scale[expert], x_scale, flags)", "self.scales(up_scale[0], x_scale, flags)"),
     "another expert's bias": ("up_bias[(expert, None)]", "up_bias[(0, None)]"),
-    "another expert's weights": ("weights[(expert, 0, 0, None)]", "weights[(0, 0, 0, None)]"),
+    "another expert's weights": ("weights[(expert, from_group, 0, None)]", "weights[(0, from_group, 0, None)]"),
 }
 QUICK, IN_CI = ("halves exchanged",), ("both halves in one place", "columns beyond the last")
 

@@ -245,6 +245,7 @@ def test_what_a_configuration_may_be() -> None:
         ({"grain": 48}, "grain: expected a multiple of 8 that divides 128, got 48"),
         ({"least": 0}, "least: expected 1 or more stages, got 0"),
         ({"share": -1}, "share: expected 0 to 2\\^20, got -1"),
+        ({"rows": 4, "fit": True}, "fit: tiles have 2 or 3 row groups, and rows is 4"),
         ({"box": 48}, "box: expected a multiple of 8 that divides 128, got 48"),
         ({"steps": 3}, "steps: expected 1, 2 or 4, got 3"),
     ):

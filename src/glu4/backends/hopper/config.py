@@ -27,7 +27,7 @@ _REGISTERS = 65536
 PRODUCER_REGISTERS, DECODER_REGISTERS = 24, 64  # of threads that issue copies, that decode
 _MAX_STAGES = 24
 # rows of A, columns of B: wgmma takes 64 by 8 to 256 in steps of 8 (PTX ISA, wgmma.mma_async)
-_TOKEN_TILES = (8, 16, 32, 64, 128, 256)
+_TOKEN_TILES = (8, 16, 32, 64, 128, 192, 256)
 
 
 def _ceil_div(a: int, b: int) -> int:

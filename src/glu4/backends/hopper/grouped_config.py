@@ -15,6 +15,7 @@ MAX_EXPERTS = 512
 STEP_COST = 27  # of a step beside its products: decoding (as `config.cost` has it)
 FINISH_STEPS = 2  # what finishing a tile costs, in its steps; an estimate
 PRODUCER_REGISTERS = 32
+FIT_EXPERTS = 8  # up to which `fit` looks at the tiles of all
 _SHARED_BYTES = 227 * 1024
 _MAX_STAGES = 24
 
@@ -29,6 +30,7 @@ class GroupedConfig:
     least    no tile is cut within so many stages along K of its begin or end
     share    tiles are shared where a CTA of one row group gains more than that many tokens of one stage along K; above what
              the exchange of sums takes, as shared tiles cost clock (docs/notebook-hopper.md, section 7)
+    fit      work of few experts that fits into one round is cut into tiles of 2 or 3 row groups of about one cost (a trial)
     gather   rows of x are found by an index and copied in pieces of 16 bytes, instead of boxes of rows sorted by expert
     """
 
@@ -39,6 +41,7 @@ class GroupedConfig:
     steps: int = 4
     least: int = 4
     share: int = 6000
+    fit: bool = False
     gather: bool = False
 
     def __post_init__(self) -> None:
@@ -52,6 +55,8 @@ class GroupedConfig:
             raise ValueError(f"least: expected 1 or more stages, got {self.least}")
         if not 0 <= self.share < 1 << 20:
             raise ValueError(f"share: expected 0 to 2^20, got {self.share}")
+        if self.fit and self.rows != 3:
+            raise ValueError(f"fit: tiles have 2 or 3 row groups, and rows is {self.rows}")
         if self.gather and self.tokens % 32:
             raise ValueError(f"gather: a warp holds an index a lane, and tokens is no multiple of 32 but {self.tokens}")
 
@@ -63,7 +68,7 @@ class GroupedConfig:
     @property
     def name(self) -> str:
         least = "" if (self.least, self.share) == (4, 6000) else f"l{self.least}s{self.share}"
-        return f"t{self.tokens}r{self.rows}d{self.steps}b{self.box}w{self.grain}{least}{'i' * self.gather}"
+        return f"t{self.tokens}r{self.rows}d{self.steps}b{self.box}w{self.grain}{least}{'f' * self.fit}{'i' * self.gather}"
 
     @property
     def widths(self) -> range:

@@ -179,6 +179,9 @@ class GroupedGemm(DualGemm):
         row_tiles = cute.ceil_div(out.shape[1], c.rows * self.outputs)
         steps = (weights.shape[2] + c.stage_units - 1) // c.stage_units
         self.schedule.compute(offsets, rows, starts, costs, order, bounds, notes, thread)
+        if cutlass.const_expr(g.fit):
+            groups = cute.ceil_div(out.shape[1], self.outputs)
+            self.schedule.fit(bounds, plan, experts, groups, steps, thread)
         self.schedule.divide(starts, costs, order, plan, experts, row_tiles, steps, thread)
         turns = self.schedule.turns(plan)
 
@@ -190,11 +193,14 @@ class GroupedGemm(DualGemm):
                 for turn in cutlass.range(turns, unroll=1):
                     tile, first_step, end_step = self.schedule.piece(plan, turn, steps)
                     if first_step < end_step:
-                        at = self.schedule.locate(starts, order, bounds, experts, row_tiles, tile)
+                        at = self.located(starts, order, bounds, plan, experts, row_tiles, tile)
                         expert, row_tile, width = at[0], at[1], at[4]
+                        from_group = Int32(0)
+                        if cutlass.const_expr(g.fit):
+                            from_group, row_tile = row_tile, Int32(0)
                         own = cute.make_tensor(
-                            weights[(expert, 0, 0, None)].iterator,
-                            cute.make_layout(weights.shape[1:], stride=weights.stride[1:]),
+                            weights[(expert, from_group, 0, None)].iterator,
+                            cute.make_layout((weights.shape[1] - from_group, *weights.shape[2:]), stride=weights.stride[1:]),
                         )
                         expected = Int32(g.weight_bytes)
                         if cutlass.const_expr(not g.gather):
@@ -219,7 +225,7 @@ class GroupedGemm(DualGemm):
                     for turn in cutlass.range(turns, unroll=1):
                         tile, first_step, end_step = self.schedule.piece(plan, turn, steps)
                         if first_step < end_step:
-                            at = self.schedule.locate(starts, order, bounds, experts, row_tiles, tile)
+                            at = self.located(starts, order, bounds, plan, experts, row_tiles, tile)
                             first, width = at[2], at[4]
                             g_tokens = cute.local_tile(cute.domain_offset((first, 0), x), (g.box, TILE_K), (None, None))
                             to_shared, from_global = cpasync.tma_partition(
@@ -241,8 +247,19 @@ class GroupedGemm(DualGemm):
             stage, phase = Int32(0), Int32(0)
             for turn in cutlass.range(turns, unroll=1):
                 tile, first_step, end_step = self.schedule.piece(plan, turn, steps)
-                if first_step < end_step:
-                    at = self.schedule.locate(starts, order, bounds, experts, row_tiles, tile)
+                mine = first_step < end_step
+                if cutlass.const_expr(g.fit):
+                    if group >= self.schedule.groups(plan):
+                        mine = False
+                        for _ in cutlass.range(end_step - first_step, unroll=1):
+                            pipe.sync_object_full.wait(stage, phase)
+                            self.release(pipe, stage, lane)
+                            stage += 1
+                            if stage >= g.stages:
+                                stage = Int32(0)
+                                phase ^= 1
+                if mine:
+                    at = self.located(starts, order, bounds, plan, experts, row_tiles, tile)
                     width = at[4]
                     # the rest is not needed before the products are done, and registers are few
                     note = cute.make_tensor(
@@ -285,8 +302,17 @@ class GroupedGemm(DualGemm):
                         up_factors = self.scales(up_scale[expert], x_scale, flags)
                         self.finish(
                             width, sums, gate_factors, up_factors, own_gate, own_up, flags, alpha, beta, limit, own_out,
-                            staging, first, row_tile * c.rows + group, lane,
+                            staging, first, (row_tile if g.fit else row_tile * c.rows) + group, lane,
                         )  # fmt: skip
+
+    @cute.jit
+    def located(self, starts, order, bounds, plan, experts, row_tiles, tile):
+        """(expert, row tile or, where tiles fit, first row group, first token, end of tokens, width, row groups) of a tile."""
+        if cutlass.const_expr(self.grouped.fit):
+            at = self.schedule.locate(starts, order, bounds, plan, experts, row_tiles, tile)
+        else:
+            at = (*self.schedule.locate_whole(starts, order, bounds, experts, row_tiles, tile), self.config.rows)
+        return at
 
     # ---- main loop ----
 
@@ -353,7 +379,7 @@ class GroupedGemm(DualGemm):
         for turn in cutlass.range(turns, unroll=1):
             tile, first_step, end_step = self.schedule.piece(plan, turn, steps)
             if first_step < end_step:
-                at = self.schedule.locate(starts, order, bounds, experts, row_tiles, tile)
+                at = self.located(starts, order, bounds, plan, experts, row_tiles, tile)
                 first, end, width = at[2], at[3], at[4]
                 # where the tile's rows begin in x, in pieces; the columns behind the last repeat it
                 begins = cute.make_rmem_tensor((c.tokens // 32,), Uint32)

@@ -14,14 +14,16 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 
-from glu4.backends.hopper.grouped_config import FINISH_STEPS, STEP_COST, GroupedConfig
+from glu4.backends.hopper.grouped_config import FINISH_STEPS, FIT_EXPERTS, STEP_COST, GroupedConfig
 
 Int32, Uint32 = cutlass.Int32, cutlass.Uint32
 
 _WARP, _BLOCK = 32, 16  # experts looked at in one step of a search: each 16th, then 16
 _SUMS = 1  # barrier of the warps that have experts
-# words of `plan`: rounds of whole tiles; where this CTA's part of the rest begins and ends: tile, step; tiles
-PLAN_WORDS = 6
+# words of `plan`: rounds of whole tiles; where this CTA's part of the rest begins and ends: tile, step; tiles; whether all work
+# fits, and then this CTA's tile: expert, first row group, first token, end, width, row groups
+PLAN_WORDS = 13
+_FITS = 6
 
 
 class Schedule:
@@ -130,12 +132,95 @@ class Schedule:
     # ---- who does what ----
 
     @cute.jit
+    def fit(self, bounds, plan, experts, groups, steps, thread):
+        """Look for tiles of 2 and 3 row groups, one a CTA, of which none costs more than need be; fill `plan` where there are.
+
+        Each lane has a limit of its own for what a tile may cost, which says how wide tiles may be; the lowest with which all
+        tiles find a CTA is taken.
+        """
+        cta, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
+        c = self.config
+        step = cutlass.const_expr(-(-3 * (STEP_COST + c.tokens) // _WARP))
+        if thread < _WARP:
+            limit = (thread + 1) * step
+            narrow = cutlass.min(limit // 3 - STEP_COST, c.tokens) // c.grain * c.grain
+            wide = cutlass.min(limit // 2 - STEP_COST, c.tokens) // c.grain * c.grain
+            tall_tiles, low_tiles = (groups + 2) // 3, (groups + 1) // 2
+            tiles = Int32(0)
+            if (narrow > 0) & (experts <= FIT_EXPERTS):
+                for e in cutlass.range(experts, unroll=1):
+                    low, tall = self.bands(bounds[e + 1] - bounds[e], narrow, wide, tall_tiles, low_tiles)
+                    tiles += low * low_tiles + tall * tall_tiles
+            mask = cute.arch.vote_ballot_sync((narrow > 0) & (experts <= FIT_EXPERTS) & (tiles <= ctas))
+            if thread == 0:
+                plan[_FITS] = Int32(1) if mask != 0 else Int32(0)
+                for i in cutlass.range_constexpr(1, PLAN_WORDS - _FITS):
+                    plan[_FITS + i] = 0  # no tile
+            if mask != 0:
+                chosen = Int32(cute.arch.popc((mask & -mask) - 1))
+                narrow, wide = cute.arch.shuffle_sync(narrow, chosen), cute.arch.shuffle_sync(wide, chosen)
+                before = Int32(0)
+                for e in cutlass.range(experts, unroll=1):
+                    count = bounds[e + 1] - bounds[e]
+                    low, tall = self.bands(count, narrow, wide, tall_tiles, low_tiles)
+                    inside = cta - before
+                    before += low * low_tiles + tall * tall_tiles
+                    if (inside >= 0) & (cta < before):
+                        # tokens of low tiles come first
+                        of_low = cutlass.min(cutlass.max(count - tall * narrow + (c.grain - 1), 0) // c.grain * c.grain, count)
+                        is_low = inside < low * low_tiles
+                        inside = inside if is_low else inside - low * low_tiles
+                        bands = cutlass.max(low if is_low else tall, 1)
+                        begin, end = Int32(0) if is_low else of_low, of_low if is_low else count
+                        row_tile = Int32(Uint32(inside) // Uint32(bands))
+                        band = inside - row_tile * bands
+                        grains = (end - begin + (c.grain - 1)) // c.grain
+                        each = Int32(Uint32(grains) // Uint32(bands))
+                        more = grains - each * bands
+                        first = begin + (band * each + cutlass.min(band, more)) * c.grain
+                        width = (each + 1 if band < more else each) * c.grain
+                        if thread == 0:
+                            plan[_FITS + 1] = e
+                            plan[_FITS + 2] = row_tile * (2 if is_low else 3)
+                            plan[_FITS + 3] = bounds[e] + first
+                            plan[_FITS + 4] = bounds[e] + cutlass.min(first + width, end)
+                            plan[_FITS + 5] = width
+                            plan[_FITS + 6] = 2 if is_low else 3
+        cute.arch.sync_threads()
+
+    @cute.jit
+    def bands(self, count, narrow, wide, tall_tiles, low_tiles):
+        """(tiles beside each other of 2 row groups and up to `wide` tokens, of 3 and up to `narrow`) that hold `count` tokens
+        and take the fewest CTAs."""
+        count = cutlass.max(count, 0)
+        low = Int32(Uint32(count + (wide - 1)) // Uint32(wide))
+        tall = Int32(0)
+        fewest = low * low_tiles
+        for number in cutlass.range_constexpr(1, 5):
+            rest = cutlass.max(count - number * narrow, 0)
+            here = Int32(Uint32(rest + (wide - 1)) // Uint32(wide))
+            if here * low_tiles + number * tall_tiles < fewest:
+                fewest = here * low_tiles + number * tall_tiles
+                low, tall = here, Int32(number)
+        return low, tall
+
+    @cute.jit
     def divide(self, starts, costs, order, plan, experts, row_tiles, steps, thread):
-        """Fill `plan`."""
+        """Fill `plan`, unless `fit` has."""
         cta, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
         warp = cute.arch.make_warp_uniform(thread // _WARP)
-        if warp < 2:
+        fits = plan[_FITS] if cutlass.const_expr(self.config.fit) else Int32(0)
+        if cutlass.const_expr(self.config.fit):
+            if (fits == 1) & (thread == 0):  # one whole tile, or none
+                plan[0] = 0
+                plan[1] = 0
+                plan[2] = 0
+                plan[3] = 0
+                plan[4] = steps if plan[_FITS + 5] > 0 else 0
+                plan[5] = 1
+        if (warp < 2) & (fits == 0):
             tiles = starts[experts] * row_tiles
             kept, from_tile, _, shared = self.rest(starts, costs, order, experts, row_tiles, ctas)
             tile, step, rounds = tiles, Int32(0), kept
@@ -271,8 +356,27 @@ class Schedule:
         return tile, first, end if tile < plan[5] else first
 
     @cute.jit
-    def locate(self, starts, order, bounds, experts, row_tiles, tile):
-        """(expert, row tile, first token, end of tokens, width) of a tile."""
+    def groups(self, plan):
+        """Row groups of this CTA's tiles."""
+        groups = Int32(self.config.rows)
+        if plan[_FITS] == 1:
+            groups = plan[_FITS + 6]
+        return groups
+
+    @cute.jit
+    def locate(self, starts, order, bounds, plan, experts, row_tiles, tile):
+        """(expert, first row group, first token, end of tokens, width, row groups) of a tile."""
+        expert, group, first, end, width, groups = (Int32(0) for _ in range(6))
+        if plan[_FITS] == 1:
+            expert, group, first, end, width, groups = (plan[_FITS + 1 + i] for i in range(6))
+        else:
+            expert, row_tile, first, end, width = self.locate_whole(starts, order, bounds, experts, row_tiles, tile)
+            group, groups = row_tile * self.config.rows, Int32(self.config.rows)
+        return expert, group, first, end, width, groups
+
+    @cute.jit
+    def locate_whole(self, starts, order, bounds, experts, row_tiles, tile):
+        """(expert, row tile, first token, end of tokens, width) of a tile of all row groups."""
         low = self.search(starts, row_tiles, tile, experts)
         begin, packed = starts[low], order[low]
         tiles = starts[low + 1] - begin
