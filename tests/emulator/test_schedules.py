@@ -7,7 +7,9 @@ import pytest
 from emulator.mutations.kernels import kernel, names
 
 SEEDS = 200  # of each kernel
+IN_CI = 50
 BLOCK = 25  # seeds of one test, so that workers share a kernel's
+FIRST = [pytest.param(i, marks=[] if i <= IN_CI else pytest.mark.long) for i in range(1, SEEDS + 1, BLOCK)]
 
 
 def run_seeds(name: str, seeds: range) -> None:
@@ -24,7 +26,7 @@ def test_no_alarm_under_a_few_schedules(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(1, SEEDS + 1, BLOCK))
+@pytest.mark.parametrize("first", FIRST)
 @pytest.mark.parametrize("name", names())
 def test_no_alarm_under_many_schedules(name: str, first: int) -> None:
     run_seeds(name, range(first, first + BLOCK))
