@@ -1,8 +1,9 @@
 """Measured tables: which configuration was fastest on this very device, for the shapes that `glu4 tune` measured.
 
 A table belongs to one device by its full name and holds, for one operation, N, K and activation format, the fastest
-configuration at each measured M. It speaks for exactly those, and between two that agree. Where neighbours differ the change
-may lie anywhere between them: there, beyond the largest, and for every other shape, the cost model orders
+configuration at each measured M. It speaks for exactly those, and between two that agree where that configuration has as many
+token tiles as at the larger, so that it does the same work. Where neighbours differ the change may lie anywhere between them,
+and with a tile less another may be faster: there, beyond the largest, and for every other shape, the cost model orders
 (`config.candidates`).
 
 Where: `tables/` beside this file, then the user's own in the cache directory (`tuned/`), whose entries override. Configurations
@@ -125,10 +126,14 @@ def best(problem: Problem, device: str) -> Config | None:
     if entry is None or problem.batched:
         return None
     i = bisect_left(entry.m, problem.m)
-    if i < len(entry.m) and entry.m[i] != problem.m and (i == 0 or entry.configs[i - 1] != entry.configs[i]):
-        return None
     config = entry.configs[i] if i < len(entry.m) else None
-    return None if config is None or legal(config, problem) is not None else config
+    if config is None or legal(config, problem) is not None:
+        return None
+    if entry.m[i] != problem.m:
+        agree = i > 0 and entry.configs[i - 1] == config
+        if not agree or -(-problem.m // config.tokens) != -(-entry.m[i] // config.tokens):
+            return None
+    return config
 
 
 def ordered(problem: Problem, device: str, processors: int) -> Iterator[Config]:
