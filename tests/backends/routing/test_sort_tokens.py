@@ -76,15 +76,15 @@ def test_all_choose_one_expert(kernels: dict[str, ExportedKernel], kernel: str) 
 
 
 @pytest.mark.parametrize("schedule", TWENTY, ids=str)
-def test_twenty_schedules(kernels: dict[str, ExportedKernel], schedule: tuple[str, int]) -> None:
+def test_twenty_schedules(one_source: dict[str, ExportedKernel], schedule: tuple[str, int]) -> None:
     ids = draw(2, 150, 8, -1, 33, torch.int64)
-    assert not sort(kernels, ALONE, ids, 32, schedule_name=schedule[0], seed=schedule[1])
+    assert not sort(one_source, ALONE, ids, 32, schedule_name=schedule[0], seed=schedule[1])
 
 
 @pytest.mark.parametrize("schedule", [*TWENTY[:4], *(pytest.param(s, marks=pytest.mark.long) for s in TWENTY[4:])], ids=str)
-def test_twenty_schedules_of_a_cluster(kernels: dict[str, ExportedKernel], schedule: tuple[str, int]) -> None:
+def test_twenty_schedules_of_a_cluster(one_source: dict[str, ExportedKernel], schedule: tuple[str, int]) -> None:
     ids = draw(2, 150, 8, -1, 33, torch.int64)
-    assert not sort(kernels, TOGETHER, ids, 32, schedule_name=schedule[0], seed=schedule[1])
+    assert not sort(one_source, TOGETHER, ids, 32, schedule_name=schedule[0], seed=schedule[1])
 
 
 # the CTA behind, so that those in front are done long before it
@@ -126,14 +126,14 @@ def planted(text: str, fault: str) -> str:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_found(kernels: dict[str, ExportedKernel], fault: str) -> None:
+def test_planted_faults_are_found(one_source: dict[str, ExportedKernel], fault: str) -> None:
     kernel, kind = FAULTS[fault][0], FAULTS[fault][-1]
     ids = draw(3, 200, 8, -1, 33, torch.int64)
     ids[5, 3] = 2**32 + 4
-    assert not sort(kernels, kernel, ids, 32)
-    text = planted(kernels[kernel].ptx, fault)
-    assert text != kernels[kernel].ptx
-    found = sort(kernels, kernel, ids, 32, program=load(text))
+    assert not sort(one_source, kernel, ids, 32)
+    text = planted(one_source[kernel].ptx, fault)
+    assert text != one_source[kernel].ptx
+    found = sort(one_source, kernel, ids, 32, program=load(text))
     assert found
     assert any(kind in f for f in found), found
 
