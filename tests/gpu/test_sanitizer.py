@@ -97,7 +97,7 @@ def run_under(
     program = sanitizer()
     if program is None:
         pytest.skip("needs compute-sanitizer: on PATH, in /usr/local/cuda, or pip install nvidia-cuda-sanitizer-api")
-    limit = [] if "--print-limit" in options else ["--print-limit", "20"]  # given twice, release 2026 refuses it
+    limit = [] if "--print-limit" in options else ["--print-limit", "20"]  # given twice it is refused
     command = [program, "--tool", tool, "--report-api-errors", "no", "--launch-timeout", "120", *limit]
     command += [*options, sys.executable, "-m", program_module, *arguments]
     # torch's threads on the CPU, one a core, keep each other waiting under compute-sanitizer
