@@ -44,6 +44,9 @@ CONFIGS = (
     GroupedConfig(64, 4, 32, 8, 2),
     GroupedConfig(64, 3, 64, 8, 4),
     GroupedConfig(16, 4, 16, 8, 2),
+    # one set of fragments
+    GroupedConfig(128, 4, 32, 8, 4, sets=1),
+    GroupedConfig(128, 3, 32, 8, 4, sets=1),
     # tiles of 2 and 3 row groups, one a CTA
     GroupedConfig(192, 3, 32, 8, 4, fit=True),
     # tiles always shared, and never

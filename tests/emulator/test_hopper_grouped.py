@@ -260,6 +260,31 @@ def test_tiles_that_fit(ctas: int) -> None:
         assert (result.buffers["c"] == other.buffers["c"]).all()
 
 
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("rows", [1, 4])
+def test_one_set_of_fragments(rows: int) -> None:
+    """A fragment is written once the products that read it are done; the bits are those of two sets."""
+    one = GroupedConfig(32, rows, 8, 8, 4, least=1, share=0, sets=1)
+    experts = Experts([3, 0, 9, 33], 72, 640)
+    two = experts.run(ptx(CONFIG), CONFIG, ctas=5)
+    for seed in (1, 2):
+        result = experts.run(ptx(one), one, ctas=5, schedule="random", seed=seed)
+        assert result.report.clean, str(result.report)
+        assert experts.wrong(result) == []
+        if rows == CONFIG.rows:
+            assert (result.buffers["c"] == two.buffers["c"]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_fragment_written_too_early_is_found() -> None:
+    old = "                    warpgroup.wait_group(0)\n                    if"
+    one = GroupedConfig(32, 1, 8, 8, 4, least=1, share=0, sets=1)
+    result = Experts([3, 9], 40, 640).run(ptx(one, old, "                    if"), one, ctas=2, max_instructions=MOST)
+    assert "register in flight" in {h.kind for h in result.report.hazards}, str(result.report)
+
+
 FAULTS = {
     "another expert's scale": ("self.scales(up_scale[expert], x_scale, flags)", "self.scales(up_scale[0], x_scale, flags)"),
     "another expert's weights": ("weights[(expert, from_group, 0, None)]", "weights[(0, from_group, 0, None)]"),

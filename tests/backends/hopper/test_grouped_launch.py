@@ -247,6 +247,7 @@ def test_what_a_configuration_may_be() -> None:
         ({"share": -1}, "share: expected 0 to 2\\^20, got -1"),
         ({"rows": 4, "fit": True}, "fit: tiles have 2 or 3 row groups, and rows is 4"),
         ({"box": 48}, "box: expected a multiple of 8 that divides 128, got 48"),
+        ({"sets": 3}, "sets: expected 1 or 2, got 3"),
         ({"steps": 3}, "steps: expected 1, 2 or 4, got 3"),
     ):
         with pytest.raises(ValueError, match=message):

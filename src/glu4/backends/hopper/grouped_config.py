@@ -26,7 +26,9 @@ class GroupedConfig:
 
     grain    products are as many tokens wide as a tile has, rounded up to a multiple of this
     box      tokens that one tensor copy fetches: fewer read less that no product needs, but take longer to issue
-    steps    of 16 along K that are decoded, while the products of as many run, in one fragment of two
+    steps    of 16 along K that are decoded into one fragment
+    sets     fragments: with 2 a warpgroup decodes one while the products of the other run; with 1 those of other
+             warpgroups run meanwhile (a trial)
     least    no tile is cut within so many stages along K of its begin or end
     share    tiles are shared where a CTA of one row group gains more than that many tokens of one stage along K; above what
              the exchange of sums takes, as shared tiles cost clock (docs/notebook-hopper.md, section 7)
@@ -42,6 +44,7 @@ class GroupedConfig:
     least: int = 4
     share: int = 6000
     fit: bool = False
+    sets: int = 2
     gather: bool = False
 
     def __post_init__(self) -> None:
@@ -51,6 +54,8 @@ class GroupedConfig:
             raise ValueError(f"box: expected a multiple of 8 that divides {self.tokens}, got {self.box}")
         if self.steps not in (1, 2, 4):
             raise ValueError(f"steps: expected 1, 2 or 4, got {self.steps}")
+        if self.sets not in (1, 2):
+            raise ValueError(f"sets: expected 1 or 2, got {self.sets}")
         if self.least < 1:
             raise ValueError(f"least: expected 1 or more stages, got {self.least}")
         if not 0 <= self.share < 1 << 20:
@@ -68,7 +73,9 @@ class GroupedConfig:
     @property
     def name(self) -> str:
         least = "" if (self.least, self.share) == (4, 6000) else f"l{self.least}s{self.share}"
-        return f"t{self.tokens}r{self.rows}d{self.steps}b{self.box}w{self.grain}{least}{'f' * self.fit}{'i' * self.gather}"
+        one_set = "o" * (self.sets == 1)
+        tile = f"t{self.tokens}r{self.rows}d{self.steps}{one_set}b{self.box}w{self.grain}"
+        return f"{tile}{least}{'f' * self.fit}{'i' * self.gather}"
 
     @property
     def widths(self) -> range:

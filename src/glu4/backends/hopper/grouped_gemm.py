@@ -327,7 +327,11 @@ class GroupedGemm(DualGemm):
         for u in cutlass.range_constexpr(c.stage_units):
             codes, scales = self.load_unit(s_weights, stage, group, lane, u)
             for part in cutlass.range_constexpr(0, 4, g.steps):
-                fragment = even if cutlass.const_expr((4 * u + part) // g.steps % 2 == 0) else odd
+                fragment = even if cutlass.const_expr(g.sets == 1 or (4 * u + part) // g.steps % 2 == 0) else odd
+                if cutlass.const_expr(g.sets == 1):
+                    warpgroup.wait_group(0)
+                    if cutlass.const_expr(u == 0 and part == 0):
+                        self.release_if(pipe, before, lane, any_before)
                 self.decode(codes, scales, fragment, part, g.steps)
                 changed = multiply_by_width(
                     [sums[i] for i in range(c.tokens // 2)], [fragment[i] for i in range(4 * g.steps)],
@@ -336,9 +340,10 @@ class GroupedGemm(DualGemm):
                 for i in cutlass.range_constexpr(c.tokens // 2):
                     sums[i] = changed[i]
                 # all but the products just started: the other fragment and the stage before are free
-                warpgroup.wait_group(1)
-                if cutlass.const_expr(u == 0 and part == 0):
-                    self.release_if(pipe, before, lane, any_before)
+                if cutlass.const_expr(g.sets == 2):
+                    warpgroup.wait_group(1)
+                    if cutlass.const_expr(u == 0 and part == 0):
+                        self.release_if(pipe, before, lane, any_before)
 
     @cute.jit
     def release_if(self, pipe, stage, lane, condition):
