@@ -244,7 +244,8 @@ FIT = GroupedConfig(32, 3, 8, 8, 4, fit=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ctas", [13, pytest.param(18, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("ctas", [13, 18])
 def test_tiles_that_fit(ctas: int) -> None:
     """Tiles of 2 and 3 row groups, one a CTA; no sums are left; the bits are those of other tiles, whatever comes first."""
     experts = Experts([3, 0, 9, 61], 136, 640)
