@@ -17,7 +17,7 @@ from typing import Any
 from glu4.compiled.cubin import resources
 from glu4.compiled.store import DSL_VERSION, Spec, write
 
-__all__ = ["compiled", "main", "param_sizes", "pointer"]
+__all__ = ["Made", "compiled", "main", "param_sizes", "pointer"]
 
 Made = tuple[Any, dict[str, Any]]  # CuTe DSL's result, description
 # .param .align 64 .b8 NAME[128], or .param .u32 NAME, or .param .u64 .ptr .global .align 2 NAME
@@ -37,7 +37,7 @@ def compiled(spec: Spec, arguments: tuple[Any, ...], launched: dict[str, Any], d
     """One kernel and its description; `directory` takes the compiler's intermediate files.
 
     arguments  what cute.compile takes: the kernel's host function and stand-ins for its arguments
-    launched   of the description what a launch asks for: threads, shared_bytes, pdl
+    launched   of the description what a launch asks for: threads, shared_bytes, pdl, of a cluster its shape
 
     Raises RuntimeError for a kernel that spills registers.
     """

@@ -7,73 +7,53 @@ importing glu4 never imports it. With --export the output holds PTX, cubin and C
 from __future__ import annotations
 
 import json
-import re
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from glu4.backends.blackwell.spec import KernelSpec
-from glu4.compiled.building import param_sizes
-from glu4.compiled.cubin import resources
-from glu4.compiled.store import DSL_VERSION, write
+from glu4.compiled.building import Made, compiled, pointer
+from glu4.compiled.store import write
 
 __all__ = ["compile_spec", "export", "main"]
 
 
-def _compile(spec: KernelSpec, directory: str) -> Any:
-    """CuTe DSL's result, after its registers are looked at; raises RuntimeError for a kernel that spills."""
+def _compile(spec: KernelSpec, directory: str) -> Made:
+    """One kernel as `building.compiled` gives it."""
     import cutlass
-    from cutlass import cute
-    from cutlass.cute.runtime import make_fake_stream, make_ptr
+    from cutlass.cute.runtime import make_fake_stream
 
     from glu4.backends.blackwell.dual_gemm import E2M1, E4M3, DualGemm
 
     out = {"f16": cutlass.Float16, "bf16": cutlass.BFloat16}[spec.out]
-
-    def pointer(element: Any, align: int) -> Any:
-        return make_ptr(element, 0, cute.AddressSpace.gmem, assumed_align=align)
 
     operands = [pointer(t, 16) for _ in range(3) for t in (E2M1, E4M3)]
     floats_of = [pointer(cutlass.Float32, 4) for _ in range(5)]  # global scales and biases
     written = [pointer(out, 16 if spec.config.store == "tma" else 2), pointer(cutlass.Int32, 4)]  # C, the workspace
     integers, floats = [cutlass.Int32(0) for _ in range(6)], [cutlass.Float32(0.0) for _ in range(3)]
     numbers = [cutlass.Int64(0), cutlass.Int64(0), integers[0], *floats, *integers[1:]]
-    made = cute.compile(
-        DualGemm(spec.config, out, spec.dual), *operands, *floats_of, *written, *numbers, make_fake_stream(),
-        options=f"--gpu-arch {spec.arch} --keep-ptx --keep-cubin --dump-dir={directory}",
-    )  # fmt: skip
-    registers, frame_bytes = resources(bytes(made.artifacts.CUBIN))
-    if frame_bytes:
-        raise RuntimeError(f"{spec.name}: {registers} registers and {frame_bytes} bytes of stack, expected no stack")
-    return made
+    kernel = DualGemm(spec.config, out, spec.dual)
+    launched = {
+        "threads": spec.config.threads,
+        "cluster": [spec.config.ctas, 1, 1],
+        "shared_bytes": spec.config.shared_bytes(spec.weights),
+        "pdl": spec.config.pdl,
+    }
+    return compiled(spec, (kernel, *operands, *floats_of, *written, *numbers, make_fake_stream()), launched, directory)
 
 
 def compile_spec(spec: KernelSpec, directory: str) -> tuple[bytes, dict[str, Any]]:
     """(cubin, description) of one kernel; `directory` takes the compiler's intermediate files."""
-    made = _compile(spec, directory)
-    cubin, ptx = bytes(made.artifacts.CUBIN), made.artifacts.PTX
-    entry = re.search(r"\.entry\s+([\w$]+)\s*\(", ptx)
-    assert entry is not None
-    description = {
-        "spec": spec.to_dict(),
-        "entry": entry.group(1),
-        "params": param_sizes(ptx),
-        "threads": spec.config.threads,
-        "cluster": [spec.config.ctas, 1, 1],
-        "shared_bytes": spec.config.shared_bytes(spec.weights),
-        "registers": resources(cubin)[0],
-        "pdl": spec.config.pdl,
-        "tool": f"nvidia-cutlass-dsl {DSL_VERSION}",
-    }
-    return cubin, description
+    made, description = _compile(spec, directory)
+    return bytes(made.artifacts.CUBIN), description
 
 
 def export(spec: KernelSpec, directory: Path) -> None:
     """Write NAME.ptx, NAME.cubin, and NAME.o with NAME.h, the host function as glu4.emulator.capture takes it."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        made = _compile(spec, scratch)
+        made, _ = _compile(spec, scratch)
         made.export_to_c(file_path=str(directory), file_name=spec.name, function_prefix=spec.name)
         (directory / f"{spec.name}.ptx").write_text(made.artifacts.PTX)
         (directory / f"{spec.name}.cubin").write_bytes(bytes(made.artifacts.CUBIN))
