@@ -17,7 +17,7 @@ from glu4.compiled.sources import kernel_key
 __all__ = ["MoeSpec", "TileSpec", "spec_from_dict"]
 
 _FILES = ("moe_config", "moe_epilogue", "moe_gemm", "moe_build")
-_SOURCES = ("compiled/building.py", *grouped_spec.SOURCES, *(f"backends/blackwell/{name}.py" for name in _FILES))
+_SOURCES = (*grouped_spec.SOURCES, *(f"backends/blackwell/{name}.py" for name in _FILES))
 _TILE_FILES = ("moe_tile_tokens", "moe_build")
 _TILE_SOURCES = ("compiled/building.py", "scale_layout.py", *(f"backends/blackwell/{name}.py" for name in _TILE_FILES))
 _BUILDER = "glu4.backends.blackwell.moe_build"  # the module that compiles these, run in a process of its own

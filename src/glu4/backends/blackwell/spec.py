@@ -13,7 +13,7 @@ from glu4.compiled.sources import kernel_key
 __all__ = ["KernelSpec"]
 
 _FILES = ("config", "instructions", "epilogue", "dual_tiles", "dual_loads", "dual_gemm", "build")
-SOURCES = tuple(f"backends/blackwell/{name}.py" for name in _FILES)
+SOURCES = ("compiled/building.py", *(f"backends/blackwell/{name}.py" for name in _FILES))
 _TYPES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
