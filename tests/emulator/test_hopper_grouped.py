@@ -314,7 +314,7 @@ FAULTS = {
         "        if lane == 0:\n            ready",
     ),
     "no wait for the kernel before": ("        cute.arch.griddepcontrol_wait()\n", ""),
-    "a stage released before its products are done": ("                warpgroup.wait_group(1)\n", ""),
+    "a stage released before its products are done": ("                    warpgroup.wait_group(1)\n", ""),
     "no release of a tile's last stage": ("                    self.release(pipe, before, lane)\n", ""),
     "one tensor copy too few": ("            if i < count:\n", "            if i < count - 1:\n"),
 }

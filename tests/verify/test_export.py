@@ -186,8 +186,8 @@ with tempfile.TemporaryDirectory() as scratch:
         from glu4.backends.blackwell.build import _compile
         from glu4.backends.blackwell.config import Config
         from glu4.backends.blackwell.spec import KernelSpec
-        mine = submission._compile(submission.Spec(config), scratch).artifacts.PTX
-        theirs = _compile(KernelSpec(Config(**vars(config)), "f16"), scratch).artifacts.PTX
+        mine = submission._compile(submission.Spec(config), scratch)[0].artifacts.PTX
+        theirs = _compile(KernelSpec(Config(**vars(config)), "f16"), scratch)[0].artifacts.PTX
 print(code(mine) == code(theirs), len(mine))
 """
 
