@@ -6,6 +6,7 @@ sorts    `sort_by_expert` of more and more choices, drawn by seed: by one CTA, b
 sort     of a layer's T x top_k choices
 combine  `moe_combine` of T x top_k rows
 layer    gate and up, down projection (NVFP4) and both of these, 16-bit tokens
+quantise `quantize` of bf16 tokens under a given global scale, with --quantise alone
 
 Each way is checked against torch on the CPU before it is timed: order and offsets exactly, sums to a unit in the last place of
 their type. Times: `glu4.bench.timing`, CUDA graphs over copies that leave L2 cold, median and minimum.
@@ -23,8 +24,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from glu4 import GatedWeights, LinearWeight, grouped_linear, moe_combine, moe_gate_up
-from glu4.backends.routing import launch
+from glu4 import GatedWeights, LinearWeight, NVFP4Tensor, grouped_linear, moe_combine, moe_gate_up, nvfp4, quantize
+from glu4.backends.tokens import launch
 from glu4.bench.grouped import GroupedShape, draw_grouped
 from glu4.bench.machine import environment
 from glu4.bench.timing import Cuda, Timing, copies, interleaved
@@ -36,6 +37,7 @@ LAYERS = {
     "E32 x4": (32, 2048, 7168, 16, 8), "E32 x128": (32, 2048, 7168, 512, 8),
 }  # fmt: skip
 # choices, experts
+QUANTISED = [(1, 7168), (64, 7168), (1024, 4096), (8192, 2048), (16384, 7168)]  # rows, K
 SORTS = [(1 << bits, experts) for experts in (32, 128, 512) for bits in (9, 10, 11, 13, 16, 17)]
 
 
@@ -122,6 +124,28 @@ def sorts(choices: int, experts: int, seed: int = 0) -> dict[str, object]:
     return row
 
 
+def quantising(rows: int, k: int, seed: int = 0) -> dict[str, object]:
+    """Times of one `quantize` by the kernel and by torch."""
+    draw = torch.Generator("cuda").manual_seed(seed)
+    g = torch.tensor(0.02, device="cuda")
+    xs = [torch.randn(rows, k, generator=draw, device="cuda").bfloat16() for _ in range(copies(rows * k * 2))]
+    row: dict[str, object] = {"rows": rows, "k": k}
+    calls: dict[str, list[Callable[[], object]]] = {}
+    for name, backend in {"kernel": None, "torch": "portable"}.items():
+
+        def call(i: int, backend: str | None = backend) -> NVFP4Tensor:
+            return quantize(xs[i], g, nonfinite="propagate", backend=backend)
+
+        found, want = call(0).to("cpu"), nvfp4.quantize(xs[0].cpu(), 0.02)
+        same = torch.equal(found.block_scale.view(torch.uint8), want.block_scale.view(torch.uint8))
+        if not (same and torch.equal(found.codes, want.codes)):
+            row["wrong"] = name
+        calls[name] = [lambda i=i, call=call: call(i) for i in range(len(xs))]  # type: ignore[misc]
+    for name, timing in interleaved(calls, Cuda()).items():
+        row[name] = [timing.us, timing.us_min] if isinstance(timing, Timing) else str(timing)
+    return row
+
+
 def write(path: Path, rows: list[dict[str, object]]) -> None:
     path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
 
@@ -130,11 +154,18 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--only", default="", help="layers whose names hold this; sorts for no layer")
+    parser.add_argument("--quantise", action="store_true", help="that alone")
     parser.add_argument("--layers", action="store_true", help="no sorts beside layers")
     options = parser.parse_args()
     if not launch.sorts(torch.device("cuda", 0), 512, 128):
         raise SystemExit("no kernel that sorts: glu4 compile, then GLU4_CACHE_DIR")
     rows: list[dict[str, object]] = []
+    for shape in QUANTISED if options.quantise else ():
+        rows.append(quantising(*shape))
+        print(rows[-1], flush=True)
+        write(options.output, rows)
+    if options.quantise:
+        return
     for choices, experts in () if options.layers else SORTS:
         rows.append(sorts(choices, experts))
         print(rows[-1], flush=True)

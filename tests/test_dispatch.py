@@ -23,7 +23,7 @@ from glu4 import (
     quantize,
 )
 from glu4.backends.hopper.spec import DecodeSpec, GroupedSpec, KernelSpec, Spec, shipped, shipped_grouped
-from glu4.backends.routing import spec as routing
+from glu4.backends.tokens import spec as token_kernels
 from glu4.compiled import store
 from operands import full_range
 
@@ -106,7 +106,8 @@ def test_kernels_are_compiled_at_first_use_where_that_is_possible(
     monkeypatch.setattr(store, "compile_missing", compile_missing)
     w = GatedWeights(full_range(1, 8, 16), full_range(2, 8, 16)).prepare("cpu")
     assert w.packed is not None
-    dual = [s.name for s in shipped(dual=True)]
+    quantizers = [s.name for s in token_kernels.quantizers("sm_90a")]
+    dual = [s.name for s in shipped(dual=True)] + quantizers
     assert made == dual
     assert {s.dual for s in shipped(dual=True) if isinstance(s, KernelSpec)} == {True}
     assert (
@@ -115,9 +116,9 @@ def test_kernels_are_compiled_at_first_use_where_that_is_possible(
     )
     dual_gemm(torch.ones(1, 16).half(), w, backend="hopper")
     linear(torch.ones(1, 16).half(), LinearWeight(w.gate))
-    assert made == dual + [s.name for s in shipped(dual=False)]  # what decodes tokens is of both
+    assert made == dual + [s.name for s in shipped(dual=False)] + quantizers  # what decodes or quantises tokens is of both
     of_experts = {s.name for s in shipped_grouped()} - {DecodeSpec().name}
-    assert set(made) == {s.name for s in shipped()} - of_experts
+    assert set(made) == {s.name for s in shipped()} - of_experts | set(quantizers)
     before = len(made)
     dual_gemm(quantize(torch.ones(1, 16)), w)
     assert len(made) == before
@@ -126,7 +127,7 @@ def test_kernels_are_compiled_at_first_use_where_that_is_possible(
     stack = LinearWeight(full_range(1, 1, 8, 16))
     grouped_linear(torch.ones(1, 16).half(), stack, offsets)
     assert stack.packed is not None
-    ones = [s.name for s in (*shipped_grouped(dual=False), *routing.shipped("sm_90a"))]
+    ones = [s.name for s in (*shipped_grouped(dual=False), *token_kernels.shipped("sm_90a"))]
     assert made[before:] == ones
     assert f"glu4: compiling {len(ones)} grouped_linear kernels, once" in capsys.readouterr().err
     assert [type(e.spec) for e in bare.launches] == [KernelSpec, KernelSpec, DecodeSpec, KernelSpec, GroupedSpec]

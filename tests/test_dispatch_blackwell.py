@@ -32,8 +32,9 @@ from glu4 import (
 )
 from glu4.backends.blackwell import launch, moe_launch
 from glu4.backends.blackwell.moe_spec import MoeSpec, TileSpec
-from glu4.backends.routing import spec as routing
+from glu4.backends.tokens import spec as token_kernels
 from glu4.compiled import store
+from glu4.nn import GatedMLP, NVFP4Linear
 from operands import full_range
 
 F16, BF16 = torch.float16, torch.bfloat16
@@ -398,13 +399,13 @@ def test_kernels_are_compiled_at_first_use_where_that_is_possible(
         assert "not compiled yet; the first call compiles them" in str(explain(Problem(1, 8, 16), "cpu"))
         w, x = pair(8, 32), full_range(3, 5, 32)
         assert torch.equal(dual_gemm(x, w, out_dtype=F16, backend="blackwell"), expected(x, w, F16))
-        assert made == launch.shipped(True, arch)
+        assert made == [*launch.shipped(True, arch), *token_kernels.quantizers(arch)]
         assert f"compiling {len(made)} dual_gemm kernels, once (glu4 compile --arch {arch} does it" in capsys.readouterr().err
         made.clear()
         assert "not compiled yet; the first call compiles them" in str(explain(GroupedProblem(5, 2, 8, 32), "cpu"))
         offsets = torch.tensor([0, 3, 5], dtype=torch.int32)
         grouped_dual_gemm(x, pair(2, 8, 32), offsets, out_dtype=F16, backend="blackwell")
-        assert made == [*moe_launch.shipped(arch, True), *moe_launch.shipped_tiles(arch), *routing.shipped(arch)]
+        assert made == [*moe_launch.shipped(arch, True), *moe_launch.shipped_tiles(arch), *token_kernels.shipped(arch)]
         told = f"compiling {len(made)} grouped_dual_gemm kernels, once (glu4 compile --arch {arch} does it"
         assert told in capsys.readouterr().err
 
@@ -419,3 +420,25 @@ def test_compiling_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, bare: Fak
         UnsupportedError, match="backend blackwell: its kernels are not compiled here, and cannot be: GLU4_CACHE"
     ):
         dual_gemm(full_range(3, 5, 32), pair(8, 32), backend="blackwell")
+
+
+@pytest.mark.parametrize("k", [96, 48])
+def test_modules_quantize_into_the_form_that_the_kernel_takes(
+    cuda: FakeBlackwell, monkeypatch: pytest.MonkeyPatch, k: int
+) -> None:
+    """No call rearranges scales or copies rows of codes."""
+    taken: list[NVFP4Tensor] = []
+
+    def seen(*args: Any, **options: Any) -> NVFP4Tensor:
+        taken.append(quantize(*args, **options))
+        return taken[-1]
+
+    monkeypatch.setattr("glu4.nn.modules.quantize", seen)
+    w, x = pair(72, k), torch.randn(5, k, dtype=F16)
+    module, linear_module = GatedMLP(w, torch.nn.Identity(), mode="w4a4"), NVFP4Linear(w.gate, mode="w4a4")
+    assert module.weights.x_layout == "swizzled"
+    assert torch.equal(module(x), expected(quantize(x), w, F16))
+    linear_module(x)
+    assert len(cuda.made) == 2
+    assert [launch.is_prepared(t) for t in taken] == [True, True]
+    assert w.x_layout == "linear", "not prepared"

@@ -7,9 +7,10 @@ from glu4.checkpoint import load_gated_weights
 from glu4.dispatch import explain
 from glu4.errors import CheckpointError, UnsupportedError
 from glu4.moe import Routing, moe_combine, moe_gate_up
-from glu4.nvfp4 import NVFP4Tensor, quantize
+from glu4.nvfp4 import NVFP4Tensor
 from glu4.ops import dual_gemm, group_gemm, grouped_dual_gemm, grouped_linear, linear
 from glu4.problem import GroupedProblem, Problem
+from glu4.quantizer import quantize
 from glu4.weights import GatedWeights, LinearWeight
 
 try:

@@ -17,8 +17,8 @@ from glu4.backends.hopper import launch as hopper
 from glu4.backends.hopper.config import SHIPPED, legal
 from glu4.backends.hopper.grouped_config import GROUPED_SHIPPED, grouped_legal
 from glu4.backends.hopper.spec import shipped, shipped_grouped
-from glu4.backends.routing import launch as routing_launch
-from glu4.backends.routing import spec as routing
+from glu4.backends.tokens import launch as tokens_launch
+from glu4.backends.tokens import spec as token_kernels
 from glu4.compiled import store
 from glu4.errors import UnsupportedError
 from glu4.problem import GroupedProblem, Problem
@@ -132,7 +132,8 @@ def _compile(dual: bool, arch: str = "") -> str | None:
     """
     if not _can_compile():
         return _not_compiled(arch)
-    specs: Sequence[store.Spec] = blackwell.shipped(dual, arch) if arch else shipped(dual)
+    products: Sequence[store.Spec] = blackwell.shipped(dual, arch) if arch else shipped(dual)
+    specs = [*products, *token_kernels.quantizers(arch or "sm_90a")]
     return _compile_all(specs, "dual_gemm" if dual else "linear", arch)
 
 
@@ -141,9 +142,9 @@ def _compile_grouped(dual: bool, arch: str = "") -> str | None:
     """As `_compile`, of the kernels for mixtures of experts."""
     if not _can_compile():
         return _not_compiled(arch)
-    specs: list[store.Spec] = [*shipped_grouped(dual), *routing.shipped("sm_90a")]
+    specs: list[store.Spec] = [*shipped_grouped(dual), *token_kernels.shipped("sm_90a")]
     if arch:
-        specs = [*moe_launch.shipped(arch, dual), *moe_launch.shipped_tiles(arch), *routing.shipped(arch)]
+        specs = [*moe_launch.shipped(arch, dual), *moe_launch.shipped_tiles(arch), *token_kernels.shipped(arch)]
     return _compile_all(specs, "grouped_dual_gemm" if dual else "grouped_linear", arch)
 
 
@@ -167,7 +168,7 @@ def _compile_all(specs: Sequence[store.Spec], operation: str, arch: str) -> str 
         grouped_launch.forget()
         blackwell.forget()
         moe_launch.forget()
-        routing_launch.forget()
+        tokens_launch.forget()
     return None
 
 
@@ -189,7 +190,7 @@ def _portable_reason(problem: Problem | GroupedProblem, device: torch.device) ->
 
 def every_kernel(arch: str = "sm_90a") -> list[store.Spec]:
     """All that can be chosen on an architecture, by `select` or around a mixture of experts: what `glu4 compile` compiles."""
-    return [*(shipped() if arch == "sm_90a" else moe_launch.all_shipped(arch)), *routing.shipped(arch)]
+    return [*(shipped() if arch == "sm_90a" else moe_launch.all_shipped(arch)), *token_kernels.shipped(arch)]
 
 
 def explain(problem: Problem | GroupedProblem, device: torch.device | str = "cpu") -> Explanation:

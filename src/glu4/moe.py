@@ -17,7 +17,7 @@ from torch import Tensor
 
 from glu4 import dispatch, ops
 from glu4.activation import SILU, Activation
-from glu4.backends.routing import launch as routing_launch
+from glu4.backends.tokens import launch as tokens_launch
 from glu4.eager import ordinary
 from glu4.nvfp4 import NVFP4Tensor
 from glu4.weights import GatedWeights
@@ -68,8 +68,8 @@ def _by_torch(backend: str | None) -> bool:
 
 
 def _run_sort(order: Tensor, places: Tensor, offsets: Tensor, ids: Tensor, experts: int, by_torch: bool) -> None:
-    if not by_torch and routing_launch.sorts(ids.device, ids.numel(), experts):
-        routing_launch.sort(ids, experts, order, places, offsets)
+    if not by_torch and tokens_launch.sorts(ids.device, ids.numel(), experts):
+        tokens_launch.sort(ids, experts, order, places, offsets)
         return
     # 0 <= id < experts, the rest as one more expert behind them
     keys = torch.where((ids < 0) | (ids >= experts), experts, ids).to(torch.int32)
@@ -166,8 +166,8 @@ def moe_combine(
 
 
 def _run_combine(out: Tensor, y: Tensor, places: Tensor, topk_weights: Tensor, last: Tensor, by_torch: bool) -> None:
-    if not by_torch and routing_launch.combines(y, out.dtype):
-        routing_launch.combine(y.contiguous(), places, topk_weights.float().contiguous(), last, out)
+    if not by_torch and tokens_launch.combines(y, out.dtype):
+        tokens_launch.combine(y.contiguous(), places, topk_weights.float().contiguous(), last, out)
     else:
         out.copy_(_combined(y, places, topk_weights, last))
 

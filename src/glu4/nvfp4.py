@@ -57,6 +57,11 @@ def pack_codes(codes: Tensor) -> Tensor:
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
+def row_bytes(k: int) -> int:
+    """Of K codes in rows that are aligned."""
+    return -(-k // (2 * ROW_ALIGNMENT)) * ROW_ALIGNMENT
+
+
 @dataclass(frozen=True, eq=False)
 class NVFP4Tensor:
     """A matrix `[rows, K]`, or a batch or stack of them `[L, rows, K]`, in NVFP4.
@@ -208,7 +213,7 @@ class NVFP4Tensor:
     @property
     def row_bytes(self) -> int:
         """Bytes from one row of codes to the next in memory where rows are aligned: K / 2, rounded up to a multiple of 16."""
-        return -(-self.k // (2 * ROW_ALIGNMENT)) * ROW_ALIGNMENT
+        return row_bytes(self.k)
 
     @property
     def has_aligned_rows(self) -> bool:
@@ -374,7 +379,7 @@ def _squared_error(blocks: Tensor, codes: Tensor, scale: Tensor, g: Tensor) -> T
     return d.squeeze(-1)
 
 
-def _global_scale(x: Tensor, method: Method) -> Tensor:
+def default_global_scale(x: Tensor, method: Method) -> Tensor:
     """amax / (6 * 448), or amax / (6 * 256) for four-over-six, a matrix; 1 where everything is zero."""
     top = E2M1_MAX * (E4M3_MAX if method == "nearest" else 256.0)
     if x.shape[-2] == 0:
@@ -410,24 +415,18 @@ def quantize(
     kept (code 8). No gradient flows back to x. Raises TypeError for another dtype and ValueError for K not a multiple of
     16 or a bad global scale.
     """
-    _choice("method", method, ("nearest", "four_over_six"))
-    _choice("layout", layout, ("linear", "swizzled"))
-    _choice("nonfinite", nonfinite, ("error", "propagate"))
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"x: expected float16, bfloat16 or float32, got {x.dtype}")
-    if x.ndim < 2 or x.shape[-1] == 0 or x.shape[-1] % BLOCK:
-        raise ValueError(f"x: expected [..., rows, K] with K a positive multiple of {BLOCK}, got shape {list(x.shape)}")
+    return quantized(x, checked_global_scale(x, global_scale, method, layout, nonfinite), method, layout, nonfinite)
+
+
+def quantized(x: Tensor, given: Tensor | None, method: Method, layout: Layout, nonfinite: NonFinite) -> NVFP4Tensor:
+    """`quantize` of what `checked_global_scale` has seen."""
     finite = torch.isfinite(x)
-    if nonfinite == "error" and not bool(finite.all()):
-        raise ValueError('x: holds NaN or infinity, which NVFP4 cannot represent; nonfinite="propagate" marks such blocks')
+    if nonfinite == "error":
+        refuse_nonfinite(finite)
     values = x.detach().float()
     if nonfinite == "propagate":
         values = torch.where(finite, values, 0.0)
-    batch = x.shape[:-2]
-    given = _given_global_scale(global_scale, batch, x.device)
-    per_matrix = _global_scale(values, method) if given is None else given
+    per_matrix = default_global_scale(values, method) if given is None else given
     g = per_matrix[..., None, None]
     blocks = _in_blocks(values)
     block_amax = blocks.abs().amax(-1)
@@ -443,6 +442,28 @@ def quantize(
         scale = torch.where(_in_blocks(finite).all(-1), scale, torch.nan)
     made = _unchecked(pack_codes(codes.flatten(-2)), scale.to(torch.float8_e4m3fn), per_matrix)
     return made.to_swizzled().with_aligned_rows() if layout == "swizzled" else made
+
+
+def checked_global_scale(
+    x: Tensor, global_scale: Tensor | float | None, method: Method, layout: Layout, nonfinite: NonFinite
+) -> Tensor | None:
+    """The given global scale as a tensor on x's device; raises what `quantize` does for its arguments, values of x aside."""
+    _choice("method", method, ("nearest", "four_over_six"))
+    _choice("layout", layout, ("linear", "swizzled"))
+    _choice("nonfinite", nonfinite, ("error", "propagate"))
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"x: expected float16, bfloat16 or float32, got {x.dtype}")
+    if x.ndim < 2 or x.shape[-1] == 0 or x.shape[-1] % BLOCK:
+        raise ValueError(f"x: expected [..., rows, K] with K a positive multiple of {BLOCK}, got shape {list(x.shape)}")
+    return _given_global_scale(global_scale, x.shape[:-2], x.device)
+
+
+def refuse_nonfinite(finite: Tensor) -> None:
+    """Raise ValueError unless all of `finite` holds; synchronises a GPU."""
+    if not bool(finite.all()):
+        raise ValueError('x: holds NaN or infinity, which NVFP4 cannot represent; nonfinite="propagate" marks such blocks')
 
 
 def _given_global_scale(given: Tensor | float | None, batch: torch.Size, device: torch.device) -> Tensor | None:
@@ -461,12 +482,10 @@ def _given_global_scale(given: Tensor | float | None, batch: torch.Size, device:
         )
     if given.device != device:
         raise ValueError(f"global_scale is on {given.device}, x is on {device}: one device is needed")
-    if (
-        given.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not bool((torch.isfinite(given) & (given > 0)).all())
-    ):
-        raise ValueError(f"global_scale: expected positive finite multipliers, got {given.tolist()}")
+    if given.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = given[~(torch.isfinite(given) & (given > 0))]
+        if bad.numel():
+            raise ValueError(f"global_scale: expected positive finite multipliers, got {bad.flatten()[0].item()}")
     return given
 
 

@@ -17,9 +17,9 @@ from glu4.backends.hopper import grouped_launch
 from glu4.backends.hopper import launch as hopper
 from glu4.backends.hopper.direct import Direct
 from glu4.backends.hopper.pack import UNIT_WORDS, pack_gated, pack_matrix, unpack_gated, unpack_matrix
-from glu4.backends.routing import launch as routing_launch
+from glu4.backends.tokens import launch as tokens_launch
 from glu4.errors import UnsupportedError
-from glu4.nvfp4 import BLOCK, NVFP4Tensor, _unchecked
+from glu4.nvfp4 import BLOCK, Layout, NVFP4Tensor, _unchecked
 
 __all__ = ["GatedWeights", "LinearWeight", "outline", "pack", "unpack"]
 
@@ -153,6 +153,11 @@ class _Weights:
 
     # ---- prepared ----
 
+    @property
+    def x_layout(self) -> Layout:
+        """How the kernel of these weights wants the block scales of NVFP4 tokens, so that no call has to rearrange them."""
+        return "swizzled" if isinstance(self.direct, BlackwellDirect) else "linear"
+
     def _on(self, device: torch.device | str) -> Self:
         """These weights on `device` in a new object: sharing everything, the packed form too, if they are there already."""
         raise NotImplementedError
@@ -198,7 +203,7 @@ class _Weights:
         stacked = len(self.shape) == 3
         if stacked:
             grouped_launch.load(dual, self.packed.get_device())
-            routing_launch.load(self.device)
+        tokens_launch.load(self.device, experts=stacked)
         if not stacked or not dual:
             hopper.load(dual, self.packed)
         self._connect()
@@ -207,9 +212,10 @@ class _Weights:
         """Bring the matrices into the form of Blackwell kernels, which everything else reads too."""
         self._hold(*(blackwell.prepared(m) for m in self.originals()))
         blackwell.load(len(self._names) == 2, self.outlines[0])
-        if len(self.shape) == 3:
+        stacked = len(self.shape) == 3
+        if stacked:
             moe_launch.load(self.outlines[0], len(self._names) == 2)
-            routing_launch.load(self.device)
+        tokens_launch.load(self.device, experts=stacked)
         self._connect()
 
     def remember_arranged(self) -> None:

@@ -22,7 +22,7 @@ from glu4.backends.blackwell import launch as blackwell
 from glu4.backends.hopper.config import DECODE_THREADS, SHIPPED, Config
 from glu4.backends.hopper.grouped_config import GATHER_CONFIGS, GROUPED_SHIPPED
 from glu4.backends.hopper.spec import DecodeSpec, GroupedSpec, KernelSpec
-from glu4.backends.routing.spec import CombineSpec, SortSpec
+from glu4.backends.tokens.spec import CombineSpec, QuantizeSpec, SortSpec
 from glu4.cli import app, output
 from glu4.compiled import store
 from glu4.dispatch import every_kernel
@@ -49,7 +49,7 @@ def fill(directory: Path, count: int | None = None) -> None:
 
 def resources(spec: store.Spec) -> tuple[int, int | None, int]:
     """Threads, registers (None where a limit is all that is asked for) and shared bytes that a kernel should have."""
-    if isinstance(spec, (DecodeSpec, CombineSpec)):
+    if isinstance(spec, (DecodeSpec, CombineSpec, QuantizeSpec)):
         return DECODE_THREADS if isinstance(spec, DecodeSpec) else 128, None, 0
     if isinstance(spec, SortSpec):
         return 1024, None, spec.shared_bytes

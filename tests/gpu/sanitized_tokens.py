@@ -3,7 +3,7 @@
     python -m gpu.sanitized_tokens [--planted]
 
 The grouped kernels that gather and the one that decodes as it gathers, on the right and the wrong offsets of `sanitized_grouped`;
-the kernels that sort choices and add up results. Nothing has a byte to spare. Results on right offsets are checked. `--planted`
+the kernels that sort choices, add up results and quantise. Nothing has a byte to spare. Results on right offsets are checked. `--planted`
 gives the kernel that adds up an output of one row too few.
 """
 
@@ -15,13 +15,15 @@ import sys
 import torch
 from torch import Tensor
 
+from glu4 import nvfp4
 from glu4.activation import SILU
 from glu4.backends.hopper import grouped_launch, tokens
 from glu4.backends.hopper.grouped_config import GATHER_CONFIGS, GROUPED_SHIPPED
-from glu4.backends.routing import launch as routing
+from glu4.backends.tokens import launch as routing
 from glu4.moe import Routing, moe_combine, sort_by_expert
-from glu4.nvfp4 import NVFP4Tensor, gather_rows
+from glu4.nvfp4 import Layout, NVFP4Tensor, gather_rows
 from glu4.problem import grouped_problem
+from glu4.quantizer import quantize
 from glu4.verify.case import Case
 from glu4.verify.checker import check
 from glu4.weights import pack
@@ -31,7 +33,8 @@ from gpu.watched import asks_for_a_fault
 TOP_K = 2
 SORTED = ((1, 1, 1), (87, 2, 5), (700, 8, 512))  # tokens, top_k, experts
 ADDED = ((1, 1, 8), (87, 2, 264), (9, 3, 1033))  # tokens, top_k, columns
-RIGHT = len(GATHER_CONFIGS) * 2 + len(GROUPED_SHIPPED) + len(SORTED) * 2 + len(ADDED) * 2
+QUANTISED = ((1, 16), (87, 144), (2, 129, 80))  # x's shape
+RIGHT = len(GATHER_CONFIGS) * 2 + len(GROUPED_SHIPPED) + len(SORTED) * 2 + len(ADDED) * 2 + len(QUANTISED) * 4
 RUNS = RIGHT + (len(GATHER_CONFIGS) * 2 + len(GROUPED_SHIPPED)) * len(WRONG)
 
 
@@ -115,6 +118,23 @@ def adding() -> int:
     return wrong
 
 
+def quantising() -> int:
+    wrong = 0
+    layouts: tuple[Layout, ...] = ("linear", "swizzled")
+    for shape, dtype, layout in itertools.product(QUANTISED, (torch.float16, torch.bfloat16), layouts):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(4)).to(dtype)
+        g = torch.rand(shape[:-2], generator=torch.Generator().manual_seed(5)) + 0.01
+        there = x.to("cuda")
+        assert routing.quantizes(there)
+        found = quantize(there, g.to("cuda"), layout=layout, nonfinite="propagate").to("cpu")
+        want = nvfp4.quantize(x, g, layout=layout)
+        right = torch.equal(found.codes, want.codes)
+        right &= torch.equal(found.block_scale.view(torch.uint8), want.block_scale.view(torch.uint8))
+        print(f"quantise {list(shape)} {layout}, {dtype}: {'right' if right else 'WRONG'}", flush=True)
+        wrong += not right
+    return wrong
+
+
 def plant() -> None:
     """Add up into an output of one row too few."""
     y, routed, router = results(87, 2, 264, torch.float16)
@@ -129,7 +149,7 @@ def main() -> None:
     if planted:
         plant()
         return
-    wrong = sorting() + adding() + gathering("float16") + gathering("nvfp4")
+    wrong = sorting() + adding() + quantising() + gathering("float16") + gathering("nvfp4")
     sys.exit(1 if wrong else 0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from glu4.backends.routing import launch
+from glu4.backends.tokens import launch
 from glu4.moe import Routing, moe_combine, sort_by_expert
 from gpu.harness import Target
 

@@ -18,7 +18,8 @@ from glu4.activation import SILU, Activation
 from glu4.backends.blackwell import launch as blackwell
 from glu4.backends.hopper import launch as hopper
 from glu4.nn.modules import Mode, _detached, _Matrix, _Prepared, check_mode
-from glu4.nvfp4 import NVFP4Tensor, quantize
+from glu4.nvfp4 import NVFP4Tensor
+from glu4.quantizer import quantize
 from glu4.weights import GatedWeights, LinearWeight
 
 __all__ = ["ExpertsLinear", "GatedExperts", "NVFP4ExpertsLinear"]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from glu4 import dispatch, ops
 from glu4.activation import SILU, Activation
-from glu4.nvfp4 import NVFP4Tensor, _unchecked, quantize
+from glu4.nvfp4 import NVFP4Tensor, _unchecked
+from glu4.quantizer import quantize
 from glu4.weights import GatedWeights, LinearWeight
 
 __all__ = ["GatedMLP", "Mode", "NVFP4Linear", "check_mode", "free_originals", "set_mode"]
@@ -73,15 +74,17 @@ class _Matrix(_ExactBuffers):
         return NVFP4Tensor(self.codes, self.block_scale, self.global_scale)
 
 
-def _operand(x: Tensor, module: GatedMLP | NVFP4Linear) -> Tensor | NVFP4Tensor:
-    """x `[..., K]`, or, quantised if the mode says so, its rows `[M, K]`."""
+def _operand(x: Tensor, module: GatedMLP | NVFP4Linear, weights: GatedWeights | LinearWeight) -> Tensor | NVFP4Tensor:
+    """x `[..., K]`, or, quantised if the mode says so, its rows `[M, K]`, as the weights' kernel takes them."""
     if x.requires_grad and torch.is_grad_enabled():  # quantize would cut the gradient off without a word
         raise ValueError("x requires grad, and glu4 has no backward pass yet: call under torch.no_grad() or detach x")
     mode = module.mode
     if mode == "w4a16" and x.ndim > 1:
         return x
     rows = x.reshape(-1, x.shape[-1])
-    return quantize(rows, module.input_scale, nonfinite="propagate") if mode == "w4a4" else rows
+    if mode == "w4a16":
+        return rows
+    return quantize(rows, module.input_scale, layout=weights.x_layout, nonfinite="propagate")
 
 
 def _shaped(rows: Tensor, x: Tensor) -> Tensor:
@@ -245,7 +248,7 @@ class GatedMLP(_Prepared[GatedWeights]):
         """x `[..., K]` to down_proj's output, through `[..., N]` in x's dtype."""
         weights = self._current()
         _check_features(x, self.in_features)
-        operand = _operand(x, self)
+        operand = _operand(x, self, weights)
         hidden = ops.dual_gemm(operand, weights, activation=self.activation, out_dtype=x.dtype)
         return cast(Tensor, self.down_proj(_shaped(hidden, x)))
 
@@ -292,7 +295,7 @@ class NVFP4Linear(_Prepared[LinearWeight]):
         """x `[..., K]` to `[..., N]`."""
         weight = self._current()
         _check_features(x, self.in_features)
-        return _shaped(ops.linear(_operand(x, self), weight, bias=self.bias, out_dtype=x.dtype), x)
+        return _shaped(ops.linear(_operand(x, self, weight), weight, bias=self.bias, out_dtype=x.dtype), x)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None

@@ -14,7 +14,7 @@ from filelock import FileLock
 from glu4.backends.blackwell.emulation import export
 from glu4.backends.blackwell.grouped_spec import GroupSpec
 from glu4.backends.blackwell.moe_spec import MoeSpec, TileSpec
-from glu4.backends.routing.spec import CombineSpec, SortSpec
+from glu4.backends.tokens.spec import Spec
 from glu4.emulator.launch import load
 from glu4.emulator.program import Program
 
@@ -25,7 +25,7 @@ K = TypeVar("K")
 class ExportedKernel:
     """A kernel as a builder's --export wrote it."""
 
-    spec: GroupSpec | MoeSpec | TileSpec | SortSpec | CombineSpec
+    spec: GroupSpec | MoeSpec | TileSpec | Spec
     directory: Path
 
     def file(self, suffix: str) -> Path:

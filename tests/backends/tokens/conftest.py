@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 
 from backends.blackwell.exported import ExportedKernel
-from backends.routing.routed import compiled
+from backends.tokens.routed import compiled
 
 
 @pytest.fixture(scope="session", params=["sm_90a", "sm_100a"])

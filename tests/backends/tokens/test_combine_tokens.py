@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from backends.blackwell.exported import ExportedKernel
-from backends.routing.routed import device, run
-from glu4.backends.routing import launch
+from backends.tokens.routed import device, run
+from glu4.backends.tokens import launch
 from glu4.compiled.cubin import resources
 from glu4.emulator.capture import capture, pointer, scalar
 from glu4.emulator.launch import load

@@ -1,4 +1,4 @@
-"""What identifies the kernels that sort a router's choices and combine results, and a hash of their sources."""
+"""What identifies the kernels that quantise tokens, sort a router's choices and combine results, and their sources' hash."""
 
 from __future__ import annotations
 
@@ -7,14 +7,25 @@ from typing import Any, ClassVar
 
 from glu4.compiled.sources import kernel_key
 
-__all__ = ["CLUSTER", "MAX_KEYS", "WARPS", "CombineSpec", "SortSpec", "shipped", "spec_from_dict"]
+__all__ = [
+    "CLUSTER",
+    "MAX_KEYS",
+    "WARPS",
+    "CombineSpec",
+    "QuantizeSpec",
+    "SortSpec",
+    "Spec",
+    "quantizers",
+    "shipped",
+    "spec_from_dict",
+]
 
 WARPS = 32
 MAX_KEYS = 1024  # experts, and one more for choices of none: a thread each
 CLUSTER = 8  # CTAs that sort many choices together: as many as any device of these takes
-_FILES = ("sort_tokens", "combine_tokens", "spec", "build")
-_SOURCES = ("compiled/building.py", *(f"backends/routing/{name}.py" for name in _FILES))
-_BUILDER = "glu4.backends.routing.build"  # the module that compiles these, run in a process of its own
+_FILES = ("quantize_tokens", "sort_tokens", "combine_tokens", "spec", "build")
+_SOURCES = ("compiled/building.py", *(f"backends/tokens/{name}.py" for name in _FILES))
+_BUILDER = "glu4.backends.tokens.build"  # the module that compiles these, run in a process of its own
 
 
 @dataclass(frozen=True)
@@ -68,11 +79,43 @@ class CombineSpec:
         return asdict(self)
 
 
-def spec_from_dict(d: dict[str, Any]) -> SortSpec | CombineSpec:
-    """What either kind's `to_dict` wrote."""
-    return CombineSpec(**d) if "dtype" in d else SortSpec(**d)
+@dataclass(frozen=True)
+class QuantizeSpec:
+    """The kernel that quantises tokens of one type to NVFP4. x: "f16" or "bf16"; arch: as of SortSpec."""
+
+    x: str
+    arch: str
+
+    builder: ClassVar[str] = _BUILDER
+
+    @property
+    def name(self) -> str:
+        """As `SortSpec.name`, and the type."""
+        return f"{self.arch.rstrip('a').replace('_', '')}_quantize_tokens_{self.x}"
+
+    @property
+    def key(self) -> str:
+        """As `SortSpec.key`."""
+        return kernel_key(self.name, self.arch, _SOURCES)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
-def shipped(arch: str) -> list[SortSpec | CombineSpec]:
+def spec_from_dict(d: dict[str, Any]) -> Spec:
+    """What any kind's `to_dict` wrote."""
+    return CombineSpec(**d) if "dtype" in d else QuantizeSpec(**d) if "x" in d else SortSpec(**d)
+
+
+Spec = SortSpec | CombineSpec | QuantizeSpec
+
+
+def quantizers(arch: str) -> list[QuantizeSpec]:
+    """The kernels of an architecture that quantise."""
+    return [QuantizeSpec("f16", arch), QuantizeSpec("bf16", arch)]
+
+
+def shipped(arch: str) -> list[Spec]:
     """Every kernel of an architecture."""
-    return [SortSpec(arch), SortSpec(arch, CLUSTER), CombineSpec("f16", arch), CombineSpec("bf16", arch)]
+    around: list[Spec] = [SortSpec(arch), SortSpec(arch, CLUSTER), CombineSpec("f16", arch), CombineSpec("bf16", arch)]
+    return [*around, *quantizers(arch)]

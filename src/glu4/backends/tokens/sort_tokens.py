@@ -20,7 +20,7 @@ from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 from cutlass.memory import SmemAllocator
 
-from glu4.backends.routing.spec import MAX_KEYS, WARPS
+from glu4.backends.tokens.spec import MAX_KEYS, WARPS
 
 Int32, Int64, Uint32 = cutlass.Int32, cutlass.Int64, cutlass.Uint32
 

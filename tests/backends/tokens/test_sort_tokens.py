@@ -12,9 +12,9 @@ from torch import Tensor
 
 from backends.blackwell.exported import ExportedKernel
 from backends.blackwell.test_group_gemm import TWENTY
-from backends.routing.routed import device, run
-from glu4.backends.routing import launch
-from glu4.backends.routing.spec import CLUSTER, MAX_KEYS
+from backends.tokens.routed import device, run
+from glu4.backends.tokens import launch
+from glu4.backends.tokens.spec import CLUSTER, MAX_KEYS
 from glu4.compiled.cubin import resources
 from glu4.emulator.capture import capture, pointer, scalar
 from glu4.emulator.launch import load

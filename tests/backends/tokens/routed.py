@@ -15,8 +15,8 @@ from torch import Tensor
 from backends.blackwell.exported import ExportedKernel
 from backends.blackwell.grouped import recording
 from glu4.backends.blackwell.emulation import export
-from glu4.backends.routing import launch
-from glu4.backends.routing.spec import shipped
+from glu4.backends.tokens import launch
+from glu4.backends.tokens.spec import shipped
 from glu4.emulator.capture import CapturedLaunch, describe
 from glu4.emulator.launch import Result, emulate
 from glu4.emulator.program import Program
