@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINED := -c constraints-dev.txt
+# who has nothing left takes tests from the other: some last minutes
+PARALLEL = $(BIN)/pytest -n 2 --dist worksteal
 
 .PHONY: help demo test lint types prove prove-all bench-cpu figures clean
 
@@ -32,7 +34,7 @@ demo: $(VENV)/.base
 	$(BIN)/glu4 demo --output report.html
 
 test: $(VENV)/.dev
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(PARALLEL) -m "not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -47,10 +49,10 @@ $(VENV)/.compile: $(VENV)/.dev
 	@touch $@
 
 prove: $(VENV)/.compile
-	$(BIN)/pytest -n 2 -m "slow and not long"
+	$(PARALLEL) -m "slow and not long"
 
 prove-all: $(VENV)/.compile
-	$(BIN)/pytest -n 2 -m "slow"
+	$(PARALLEL) -m "slow"
 
 bench-cpu: $(VENV)/.base
 	$(BIN)/python benchmarks/cpu.py --output benchmarks/results/cpu-$$(nproc)-cores.json

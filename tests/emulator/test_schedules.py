@@ -7,7 +7,7 @@ import pytest
 from emulator.mutations.kernels import kernel, names
 
 SEEDS = 200  # of each kernel
-IN_CI = 50
+IN_CI = 25
 BLOCK = 25  # seeds of one test, so that workers share a kernel's
 FIRST = [pytest.param(i, marks=[] if i <= IN_CI else pytest.mark.long) for i in range(1, SEEDS + 1, BLOCK)]
 

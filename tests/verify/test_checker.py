@@ -116,8 +116,10 @@ def test_no_alarm_in_300_right_results() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_no_alarm_in_10000_right_results() -> None:
-    assert alarms(2, 10_000) == []
+@pytest.mark.parametrize("seed", [2, 5, *(pytest.param(s, marks=pytest.mark.long) for s in (6, 7))])
+def test_no_alarm_in_10000_right_results(seed: int) -> None:
+    """A quarter of them; CI does half."""
+    assert alarms(seed, 2500) == []
 
 
 @pytest.mark.parametrize("hardware", ["tensor core", "float32"])
