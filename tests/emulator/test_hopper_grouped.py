@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import re
 import struct
 import subprocess
 import sys
@@ -275,6 +276,43 @@ def test_one_set_of_fragments(rows: int) -> None:
         assert experts.wrong(result) == []
         if rows == CONFIG.rows:
             assert (result.buffers["c"] == two.buffers["c"]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_weights_that_leave_the_cache_first() -> None:
+    """A trial; the bits are those without."""
+    one, experts = replace(CONFIG, evict_first=True), Experts([3, 0, 9, 33], 72, 640)
+    plain, hinted = (len(re.findall(r"complete_tx::bytes\.L2::cache_hint \[%r", ptx(c))) for c in (CONFIG, one))
+    assert hinted - plain == CONFIG.rows
+    two = experts.run(ptx(CONFIG), CONFIG, ctas=5)
+    for seed in (1, 2):
+        result = experts.run(ptx(one), one, ctas=5, schedule="random", seed=seed)
+        assert result.report.clean, str(result.report)
+        assert (result.buffers["c"] == two.buffers["c"]).all()
+
+
+FIT_FAULTS = {
+    "bytes of an idle row group": ("groups * (g.weight_bytes // c.rows)", "Int32(g.weight_bytes)"),
+    "an idle row group releases nothing": (
+        "                            self.release(pipe, stage, lane)\n                            stage += 1\n",
+        "                            stage += 1\n",
+    ),
+    "another tile's first row group": (
+        "from_group, row_tile = row_tile, Int32(0)",
+        "from_group, row_tile = Int32(0), Int32(0)",
+    ),
+    "outputs of another row group": ("(row_tile if g.fit else row_tile * c.rows) + group", "group"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("fault", FIT_FAULTS)
+def test_planted_faults_in_tiles_that_fit_are_found(fault: str) -> None:
+    experts = Experts([3, 0, 9, 61], 136, 640)
+    result = experts.run(ptx(FIT, *FIT_FAULTS[fault]), FIT, ctas=13, max_instructions=MOST)
+    assert not result.report.clean or experts.wrong(result)
 
 
 @pytest.mark.slow

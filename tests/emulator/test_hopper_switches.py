@@ -3,6 +3,7 @@ planted faults that are found."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -42,6 +43,8 @@ MORE = [
     (replace(ALONE, stage_units=1, fragment_sets=1), "float16", (5, 40, 784), True),
     (replace(ALONE, tokens=256), "float16", (20, 40, 656), True),
     (replace(ALONE, store="bulk"), "float16", (20, 72, 656), True),
+    (Config(16, 1, 2, 1, 2, evict_first=True), "float16", (20, 40, 656), True),
+    (Config(8, 1, 3, 1, 2, evict_first=True), "nvfp4", (3, 24, 704), True),
 ]
 
 
@@ -73,7 +76,7 @@ def name(value: object) -> str:
     ("config", "x_format", "shape", "dual"), [*CASES, *(pytest.param(*c, marks=pytest.mark.long) for c in MORE)], ids=name
 )
 def test_a_switch_changes_no_bit(config: Config, x_format: str, shape: tuple[int, int, int], dual: bool) -> None:
-    case, plain = given(x_format, shape, dual), replace(config, store="threads", producers="warps")
+    case, plain = given(x_format, shape, dual), replace(config, store="threads", producers="warps", evict_first=False)
     before, text = ptx_of(job(plain, x_format, dual), job(config, x_format, dual))
     expected = run(before, plain, case)
     verdict = check(case, output(expected))
@@ -82,6 +85,17 @@ def test_a_switch_changes_no_bit(config: Config, x_format: str, shape: tuple[int
         result = run(text, config, case, schedule, seed)
         assert result.report.clean, str(result.report)
         assert torch.equal(bits(result), bits(expected)), schedule
+
+
+@pytest.mark.slow
+def test_weights_alone_leave_the_cache_first() -> None:
+    """One copy for each row group has the hint; the first half of the policy says that it is no default."""
+    before, text = ptx_of(*(job(Config(32, 2, 1, 1, 2, evict_first=e), "float16", True) for e in (False, True)))
+    copy = r"cp\.async\.bulk\.shared::cluster\.global\.mbarrier::complete_tx::bytes(\.L2::cache_hint)? "
+    assert re.findall(copy, before) == [""] * 2
+    assert re.findall(copy, text) == [".L2::cache_hint"] * 2
+    assert str(0x12F0000000000000) in text
+    assert str(0x12F0000000000000) not in before
 
 
 FENCE = ('cute.arch.fence_proxy("async.shared", space="cta")  # what is staged', "pass  # what is staged")

@@ -28,7 +28,14 @@ from cutlass.memory import SmemAllocator
 
 from glu4.backends.hopper.config import DECODER_REGISTERS, PRODUCER_REGISTERS, TILE_K, UNIT_BYTES, WARPGROUP, Config
 from glu4.backends.hopper.decode_tokens import TOKEN_BIAS, produce_tokens
-from glu4.backends.hopper.instructions import asm_u32, bulk_store, store_16_bytes, store_remote, store_transposed
+from glu4.backends.hopper.instructions import (
+    asm_u32,
+    bulk_load_once,
+    bulk_store,
+    store_16_bytes,
+    store_remote,
+    store_transposed,
+)
 from glu4.backends.hopper.pack import CODE_WORDS, UNIT_WORDS
 
 Int32, Int64, Uint32, Float32 = cutlass.Int32, cutlass.Int64, cutlass.Uint32, cutlass.Float32
@@ -230,19 +237,33 @@ class DualGemm:
     # ---- copies ----
 
     @cute.jit
-    def load_weights(self, weights, s_weights, pipe, state, row_tile, k):
-        """Start the bulk copies of one stage's packed units, one for each row group."""
+    def load_weights(self, weights, s_weights, pipe, state, row_tile, k, groups=None):
+        """Start the bulk copies of one stage's packed units, one for each row group; of the first `groups` alone, if given."""
         c = self.config
-        stage_words = UNIT_WORDS * c.stage_units
-        copy_units = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Uint32)
         with cute.arch.elect_one():
             for i in cutlass.range_constexpr(c.rows):
-                # the last tile of a ragged grid reads a tile that exists and stores nothing
-                tile = cutlass.min(row_tile * c.rows + i, weights.shape[0] - 1)
-                # units lie one after the other; past the last one come others or the spare one, times zero
-                first = weights[(tile, k * c.stage_units, None)].iterator
-                source = cute.make_tensor(first, cute.make_layout(stage_words))
-                cute.copy(copy_units, source, s_weights[(None, i, state.index)], mbar_ptr=pipe.producer_get_barrier(state))
+                if cutlass.const_expr(groups is not None):
+                    if i < groups:
+                        self.load_group(weights, s_weights, pipe, state, row_tile, k, i)
+                else:
+                    self.load_group(weights, s_weights, pipe, state, row_tile, k, i)
+
+    @cute.jit
+    def load_group(self, weights, s_weights, pipe, state, row_tile, k, i: cutlass.Constexpr):
+        """Start one of them."""
+        c = self.config
+        stage_words = UNIT_WORDS * c.stage_units
+        # the last tile of a ragged grid reads a tile that exists and stores nothing
+        tile = cutlass.min(row_tile * c.rows + i, weights.shape[0] - 1)
+        # units lie one after the other; past the last one come others or the spare one, times zero
+        first = weights[(tile, k * c.stage_units, None)].iterator
+        copy_units = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Uint32)
+        source = cute.make_tensor(first, cute.make_layout(stage_words))
+        target, barrier = s_weights[(None, i, state.index)], pipe.producer_get_barrier(state)
+        if cutlass.const_expr(c.evict_first):  # cute.copy drops a cache policy of bulk copies (CuTe DSL 4.8.1)
+            bulk_load_once(target.iterator.toint(), first.toint(), 4 * stage_words, barrier.toint())
+        else:
+            cute.copy(copy_units, source, target, mbar_ptr=barrier)
 
     @cute.jit
     def decode_tokens(self, x, block_scales, tokens, staging, pipe, token_tile, first_step, steps, warp):

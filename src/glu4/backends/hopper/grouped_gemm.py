@@ -202,14 +202,17 @@ class GroupedGemm(DualGemm):
                             weights[(expert, from_group, 0, None)].iterator,
                             cute.make_layout((weights.shape[1] - from_group, *weights.shape[2:]), stride=weights.stride[1:]),
                         )
-                        expected = Int32(g.weight_bytes)
+                        expected, groups = Int32(g.weight_bytes), None
+                        if cutlass.const_expr(g.fit):
+                            groups = self.schedule.groups(plan)
+                            expected = groups * (g.weight_bytes // c.rows)
                         if cutlass.const_expr(not g.gather):
-                            expected = g.weight_bytes + c.stage_units * self.boxes(width) * g.box_bytes
+                            expected += c.stage_units * self.boxes(width) * g.box_bytes
                         for k in cutlass.range(first_step, end_step, unroll=1):
                             pipe.sync_object_empty.wait(state.index, state.phase)
                             with cute.arch.elect_one():
                                 cute.arch.mbarrier_arrive_and_expect_tx(pipe.producer_get_barrier(state), expected)
-                            self.load_weights(own, s_weights, pipe, state, row_tile, k)
+                            self.load_weights(own, s_weights, pipe, state, row_tile, k, groups)
                             state.advance()
                 pipe.producer_tail(state)
             # a warp for each unit of a stage: one alone takes as long to issue copies as the products take
