@@ -381,10 +381,14 @@ def _squared_error(blocks: Tensor, codes: Tensor, scale: Tensor, g: Tensor) -> T
 
 def default_global_scale(x: Tensor, method: Method) -> Tensor:
     """amax / (6 * 448), or amax / (6 * 256) for four-over-six, a matrix; 1 where everything is zero."""
-    top = E2M1_MAX * (E4M3_MAX if method == "nearest" else 256.0)
     if x.shape[-2] == 0:
         return torch.ones(x.shape[:-2], dtype=torch.float32, device=x.device)
-    amax = x.abs().amax((-2, -1))
+    return global_scale_of(x.abs().amax((-2, -1)), method)
+
+
+def global_scale_of(amax: Tensor, method: Method) -> Tensor:
+    """`default_global_scale` of matrices whose largest magnitudes are `amax`, float32."""
+    top = E2M1_MAX * (E4M3_MAX if method == "nearest" else 256.0)
     return torch.where(amax == 0, 1.0, (amax / top).clamp(min=_MIN_GLOBAL_SCALE))
 
 

@@ -55,12 +55,12 @@ def quantize(
     # what a tracer sees depends on nothing that only this machine has
     if not (launch.quantizes(x) if at_once else x.device.type == "cuda" and x.dtype in _HALVES):
         return nvfp4.quantized(x, given, method, layout, nonfinite)
-    if given is None or nonfinite == "error":
-        finite = torch.isfinite(x)
-        if nonfinite == "error":
-            nvfp4.refuse_nonfinite(finite)
-        if given is None:
-            given = nvfp4.default_global_scale(torch.where(finite, x, 0.0).float(), method)
+    if nonfinite == "error":
+        largest = torch.maximum(x.amax((-2, -1)), -x.amin((-2, -1))).float()  # NaN where x has one
+        nvfp4.refuse_nonfinite(torch.isfinite(largest))
+        given = nvfp4.global_scale_of(largest, method) if given is None else given
+    elif given is None:
+        given = nvfp4.default_global_scale(torch.where(torch.isfinite(x), x, 0.0).float(), method)
     codes, scales = _empty(x, layout)
     (_fill if at_once else _operator)(codes, scales, x, given)
     return nvfp4._unchecked(codes, scales.view(torch.float8_e4m3fn), given)

@@ -195,19 +195,22 @@ def test_what_torch_quantizes_instead(one_source: dict[str, ExportedKernel]) -> 
     assert not launch.quantizes(x), "no kernel runs on a CPU"
 
 
-def test_a_global_scale_of_its_own(one_source: dict[str, ExportedKernel]) -> None:
-    """The default one, with and without values that are not finite."""
-    x = drawn(11, 2, 7, 64, dtype=torch.bfloat16)
-    assert not torch.isfinite(x).all()
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_global_scale_of_its_own(one_source: dict[str, ExportedKernel], bad: float) -> None:
+    """The default one, and the refusal of what is not finite, without and with a global scale."""
+    x = drawn(11, 2, 7, 64, dtype=torch.bfloat16).nan_to_num(0, 0, 0)
+    x[0] = -x[0].abs()
     with device(one_source) as recorder:
+        assert torch.equal(quantize(x).global_scale, nvfp4.quantize(x).global_scale)
+        assert torch.equal(quantize(torch.zeros_like(x)).global_scale, torch.ones(2))
+        x[1, 3, 5] = bad
         assert torch.equal(
             quantize(x, nonfinite="propagate").global_scale, nvfp4.quantize(x, nonfinite="propagate").global_scale
         )
-        with pytest.raises(ValueError, match="holds NaN or infinity"):
-            quantize(x)
-        finite = x.nan_to_num(0, 0, 0)
-        assert torch.equal(quantize(finite).global_scale, nvfp4.quantize(finite).global_scale)
-    assert len(recorder.launches) == 2
+        for g in (None, 0.5):
+            with pytest.raises(ValueError, match="holds NaN or infinity"):
+                quantize(x, g)
+    assert len(recorder.launches) == 3
 
 
 def test_parameters_are_those_of_the_host_code(kernels: dict[str, ExportedKernel]) -> None:
