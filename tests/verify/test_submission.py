@@ -121,7 +121,7 @@ def test_right_kernels_have_no_findings_in_this_process(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_the_example_is_right_at_all_listed_shapes(quick):
     assert run(EXAMPLE, quick=quick, seed=1).ok
 
