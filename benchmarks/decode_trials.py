@@ -26,7 +26,7 @@ from glu4.bench.grouped import draw_grouped
 from glu4.bench.machine import environment
 from glu4.bench.ours import _clone
 from glu4.bench.suites import GROUPED_SUITES
-from glu4.bench.timing import Cuda, Timing, copies, interleaved
+from glu4.bench.timing import Cuda, copies, interleaved, listed
 from glu4.compiled.driver import Kernel
 from glu4.nvfp4 import NVFP4Tensor
 
@@ -99,7 +99,7 @@ def main() -> None:
             contenders["float16 tokens"] = product(name, "float16")
         row: dict[str, object] = {"case": name, "wrong": wrong}
         for way, timing in interleaved(contenders, Cuda()).items() if not wrong else ():
-            row[way] = [timing.us, timing.us_min] if isinstance(timing, Timing) else str(timing)
+            row[way] = listed(timing)
         rows.append(row)
         print(row, flush=True)
         options.output.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))

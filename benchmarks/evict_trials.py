@@ -29,7 +29,7 @@ from glu4.bench.machine import environment
 from glu4.bench.operands import draw
 from glu4.bench.ours import Prepared, _clone, single
 from glu4.bench.suites import GROUPED_SUITES
-from glu4.bench.timing import Cuda, Timing, copies, interleaved
+from glu4.bench.timing import Cuda, copies, interleaved, listed
 from glu4.compiled import store
 from glu4.weights import GatedWeights
 
@@ -103,7 +103,7 @@ def main() -> None:
         results = [calls[name][0]().clone() for name in ("plain", "hint")]  # type: ignore[attr-defined]
         row: dict[str, object] = {"case": case, "x": x_format, "config": config, "same": torch.equal(*results)}
         for name, timing in interleaved(calls, Cuda()).items() if row["same"] else ():
-            row[name] = [timing.us, timing.us_min] if isinstance(timing, Timing) else str(timing)
+            row[name] = listed(timing)
         rows.append(row)
         print(row, flush=True)
         options.output.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))

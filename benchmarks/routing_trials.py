@@ -28,7 +28,7 @@ from glu4 import GatedWeights, LinearWeight, NVFP4Tensor, grouped_linear, moe_co
 from glu4.backends.tokens import launch
 from glu4.bench.grouped import GroupedShape, draw_grouped
 from glu4.bench.machine import environment
-from glu4.bench.timing import Cuda, Timing, copies, interleaved
+from glu4.bench.timing import Cuda, copies, interleaved, listed
 from glu4.moe import Routing, sort_by_expert
 
 # experts, N, K, tokens, top_k: layers of Qwen3-30B-A3B, and a rank's 32 experts of DeepSeek-V3
@@ -120,7 +120,7 @@ def sorts(choices: int, experts: int, seed: int = 0) -> dict[str, object]:
             row["wrong"] = name
         calls[name] = [lambda i=i, call=call: call(i) for i in range(4)]  # type: ignore[misc]
     for name, timing in interleaved(calls, Cuda()).items():
-        row[name] = [timing.us, timing.us_min] if isinstance(timing, Timing) else str(timing)
+        row[name] = listed(timing)
     return row
 
 
@@ -142,7 +142,7 @@ def quantising(rows: int, k: int, seed: int = 0) -> dict[str, object]:
             row["wrong"] = name
         calls[name] = [lambda i=i, call=call: call(i) for i in range(len(xs))]  # type: ignore[misc]
     for name, timing in interleaved(calls, Cuda()).items():
-        row[name] = [timing.us, timing.us_min] if isinstance(timing, Timing) else str(timing)
+        row[name] = listed(timing)
     return row
 
 
@@ -176,7 +176,7 @@ def main() -> None:
         rows.append(row)
         if not row["wrong"]:
             for way, timing in interleaved(contenders(case), Cuda()).items():
-                row[way] = [timing.us, timing.us_min] if isinstance(timing, Timing) else str(timing)
+                row[way] = listed(timing)
         print(name, row["wrong"] or {k: v for k, v in row.items() if isinstance(v, list)}, flush=True)
         write(options.output, rows)
         del case

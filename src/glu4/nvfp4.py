@@ -400,24 +400,11 @@ def quantize(
     layout: Layout = "linear",
     nonfinite: NonFinite = "error",
 ) -> NVFP4Tensor:
-    """Quantise `x` (fp16, bf16 or float32, `[..., rows, K]`) to NVFP4.
-
-    global_scale  multiplier; by default amax / (6 * 448) of each matrix (four_over_six: amax / (6 * 256)), so leading
-                  dimensions get one each. A given one may be a float, or a float32 tensor `[]` or the leading dims;
-                  values beyond its range saturate.
-    method        "nearest": block scale e4m3(block_amax / (6 g)); codes nearest, ties to even.
-                  "four_over_six" (arXiv 2512.02010): per block the better, in squared error, of mapping the block's
-                  maximum to 6 or to 4; the format is unchanged.
-    layout        "linear" or "swizzled" block scales. With "swizzled", what Blackwell's tensor cores take, rows of codes lie a
-                  multiple of 16 bytes apart too (`NVFP4Tensor.with_aligned_rows`), so that no call has to copy them.
-    nonfinite     "error": NaN or infinity raises ValueError (a check that synchronises a GPU, and that a compiled graph
-                  cannot hold). "propagate": no check; a block that holds one gets a NaN scale, so that every result
-                  which depends on it is NaN.
+    """The specification of `glu4.quantize`, whose arguments and errors these are, in torch alone.
 
     All arithmetic is float32 in the stated order: s = e4m3(clamp(block_amax / (6 * g), 2^-9, 448)), code =
     e2m1(x / (s * g)). All-zero blocks have scale 0; an all-zero or empty matrix has global scale 1. Signs of zeros are
-    kept (code 8). No gradient flows back to x. Raises TypeError for another dtype and ValueError for K not a multiple of
-    16 or a bad global scale.
+    kept (code 8).
     """
     return quantized(x, checked_global_scale(x, global_scale, method, layout, nonfinite), method, layout, nonfinite)
 

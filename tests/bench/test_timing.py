@@ -23,6 +23,7 @@ from glu4.bench.timing import (
     copies,
     describe,
     interleaved,
+    listed,
 )
 
 
@@ -175,3 +176,9 @@ def test_a_gpu_is_timed_and_a_hang_noticed() -> None:
     assert not impatient.alive()
     torch.cuda.synchronize()
     assert cuda.alive()
+
+
+def test_trials_list_a_time_or_why_there_is_none() -> None:
+    assert listed(Timing(2.5, 2.0, 9)) == [2.5, 2.0]
+    assert "out of memory" in listed(Failure("out of memory"))
+    assert "7.0" in listed(Slower(7.0))

@@ -35,6 +35,7 @@ __all__ = [
     "Timing",
     "copies",
     "interleaved",
+    "listed",
 ]
 
 REPLAY_MS = 8.0
@@ -71,6 +72,11 @@ class Slower:
     """A first look took `us` a call, too much above the fastest's for a turn."""
 
     us: float
+
+
+def listed(timing: Timing | Slower | Failure) -> list[float] | str:
+    """[median, minimum] as trials write them, or why there is no time."""
+    return [timing.us, timing.us_min] if isinstance(timing, Timing) else str(timing)
 
 
 class Recorder(Protocol):

@@ -30,7 +30,7 @@ def _make(spec: Spec, directory: str) -> tuple[Any, dict[str, Any]]:
         types = (dtype, i64, cutlass.Float32, i32, dtype)
         launched = {"threads": combine_tokens.THREADS, "shared_bytes": 0, "pdl": True}
     else:
-        kernel = quantize_tokens.QuantizeTokens(spec.x == "bf16", spec.arch != "sm_90a")
+        kernel = quantize_tokens.QuantizeTokens(spec.dtype == "bf16", spec.arch != "sm_90a")
         types, integers = (cutlass.Uint16, cutlass.Float32, cutlass.Uint32, cutlass.Uint8), 7
         launched = {"threads": quantize_tokens.THREADS, "shared_bytes": 0, "pdl": True}
     pointers = [pointer(t, t.width // 8) for t in types]

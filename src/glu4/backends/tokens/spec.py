@@ -57,18 +57,19 @@ class SortSpec:
 
 
 @dataclass(frozen=True)
-class CombineSpec:
-    """The kernel that combines rows of one type. dtype: "f16" or "bf16"; arch: as of SortSpec."""
+class _OfOneType:
+    """A kernel for one type of tokens. dtype: "f16" or "bf16"; arch: as of SortSpec."""
 
     dtype: str
     arch: str
 
     builder: ClassVar[str] = _BUILDER
+    operation: ClassVar[str]
 
     @property
     def name(self) -> str:
         """As `SortSpec.name`, and the type."""
-        return f"{self.arch.rstrip('a').replace('_', '')}_combine_tokens_{self.dtype}"
+        return f"{self.arch.rstrip('a').replace('_', '')}_{self.operation}_{self.dtype}"
 
     @property
     def key(self) -> str:
@@ -76,35 +77,27 @@ class CombineSpec:
         return kernel_key(self.name, self.arch, _SOURCES)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "operation": self.operation}
 
 
-@dataclass(frozen=True)
-class QuantizeSpec:
-    """The kernel that quantises tokens of one type to NVFP4. x: "f16" or "bf16"; arch: as of SortSpec."""
+class CombineSpec(_OfOneType):
+    """The kernel that combines rows."""
 
-    x: str
-    arch: str
+    operation = "combine_tokens"
 
-    builder: ClassVar[str] = _BUILDER
 
-    @property
-    def name(self) -> str:
-        """As `SortSpec.name`, and the type."""
-        return f"{self.arch.rstrip('a').replace('_', '')}_quantize_tokens_{self.x}"
+class QuantizeSpec(_OfOneType):
+    """The kernel that quantises tokens to NVFP4."""
 
-    @property
-    def key(self) -> str:
-        """As `SortSpec.key`."""
-        return kernel_key(self.name, self.arch, _SOURCES)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    operation = "quantize_tokens"
 
 
 def spec_from_dict(d: dict[str, Any]) -> Spec:
     """What any kind's `to_dict` wrote."""
-    return CombineSpec(**d) if "dtype" in d else QuantizeSpec(**d) if "x" in d else SortSpec(**d)
+    for kind in (CombineSpec, QuantizeSpec):
+        if d.get("operation") == kind.operation:
+            return kind(d["dtype"], d["arch"])
+    return SortSpec(**d)
 
 
 Spec = SortSpec | CombineSpec | QuantizeSpec
