@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -147,6 +149,22 @@ def test_rows_apart_and_rows_that_are_copied(one_source: dict[str, ExportedKerne
             quantize(odd, 0.5, nonfinite="propagate")
         ((_, launched),) = recorder.launches
         assert int.from_bytes(launched.params[7], "little") == 64, "a row's length of the copy"
+
+
+def test_global_scales_that_lie_apart(one_source: dict[str, ExportedKernel]) -> None:
+    """Strided or expanded, they are read as a dense copy."""
+    x = drawn(12, 3, 2, 32, dtype=torch.float16)
+    wide = torch.tensor([0.5, torch.nan, 0.25, torch.nan, 2.0, torch.nan])
+    read: list[Tensor] = []
+    for g in (wide[::2], torch.tensor(0.5).expand(3)):
+        with device(one_source), patch.object(launch, "_launch", side_effect=lambda *a: read.append(floats(a[3][1]))):
+            quantize(x, g, nonfinite="propagate")
+        assert torch.equal(read.pop(), g)
+
+
+def floats(address: int) -> Tensor:
+    """Three of them, now."""
+    return torch.tensor(list((ctypes.c_float * 3).from_address(address)))
 
 
 @pytest.mark.parametrize("options", [{"schedule_name": "lazy"}, {"schedule_name": "eager"}, {"seed": 2}], ids=str)

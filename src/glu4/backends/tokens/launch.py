@@ -147,7 +147,7 @@ def quantize(x: Tensor, global_scale: Tensor, codes: Tensor, block_scale: Tensor
     block_scale  float8_e4m3fn, linear or swizzled as `glu4.scale_layout` has it, dense; padding is set to zero
     """
     rows, k = x.shape[-2:]
-    lines = _lines(x)
+    lines, global_scale = _lines(x), global_scale.contiguous()
     addresses = [t.data_ptr() for t in (lines, global_scale, codes, block_scale)]
     step, swizzled = int(global_scale.numel() > 1), int(block_scale.ndim > codes.ndim)
     sizes = (x.shape[:-2].numel(), rows, k // BLOCK, lines.stride(0), codes.stride(-2) // 8, step, swizzled)
