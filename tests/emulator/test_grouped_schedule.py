@@ -7,38 +7,37 @@ import itertools
 import struct
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from glu4.backends.hopper.grouped_config import GroupedConfig
+from glu4.backends.hopper.grouped_config import GROUPED_SHIPPED, GroupedConfig
 from glu4.emulator.launch import emulate, load
 from grouped_twin import cuts, fit, pieces, plan
 
 CONFIG = GroupedConfig(32, 4, 8, 8, 2, least=2, share=160)
+WIDEST = GroupedConfig(192, 3, 32, 8, 4)
 WHOLE, FIT = (GroupedConfig(32, 3, 8, 8, 2, least=2, share=160, fit=fits) for fits in (False, True))
 
 
-@pytest.fixture(scope="module")
-def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[GroupedConfig, str]:
-    return {config: compiled(config, tmp_path_factory.mktemp("dump")) for config in (CONFIG, FIT)}
-
-
-def compiled(config: GroupedConfig, directory: Path) -> str:
+@cache
+def ptx(config: GroupedConfig) -> str:
     if importlib.util.find_spec("cutlass") is None:
         pytest.skip("needs CuTe DSL to compile the Hopper kernels")
-    path = directory / "schedule.ptx"
-    environment = {
-        "CUTE_DSL_ARCH": "sm_90a",
-        "CUTE_DSL_DISABLE_FILE_CACHING": "1",
-        "PATH": "/usr/bin:/bin",
-        "HOME": str(path.parent),
-    }
-    command = [sys.executable, str(Path(__file__).with_name("grouped_schedule_dump.py")), repr(config), str(path)]
-    subprocess.run(command, check=True, env=environment, timeout=300)
-    return path.read_text()
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, "schedule.ptx")
+        environment = {
+            "CUTE_DSL_ARCH": "sm_90a",
+            "CUTE_DSL_DISABLE_FILE_CACHING": "1",
+            "PATH": "/usr/bin:/bin",
+            "HOME": scratch,
+        }
+        command = [sys.executable, str(Path(__file__).with_name("grouped_schedule_dump.py")), repr(config), str(path)]
+        subprocess.run(command, check=True, env=environment, timeout=300)
+        return path.read_text()
 
 
 @cache
@@ -64,20 +63,35 @@ def drawn(seed: int, experts: int) -> list[int]:
     ],
     ids=lambda v: str(len(v)) if isinstance(v, list) else str(v),
 )
-def test_the_device_has_the_twins_schedule(
-    ptx: dict[GroupedConfig, str], offsets: list[int], rows: int, row_tiles: int, ctas: int, steps: int
-) -> None:
+def test_the_device_has_the_twins_schedule(offsets: list[int], rows: int, row_tiles: int, ctas: int, steps: int) -> None:
     tiles, costs = plan(offsets, rows, row_tiles, CONFIG)
     rounds, found = cuts(costs, steps, ctas, CONFIG)
     want = [pieces(cta, ctas, len(tiles), steps, rounds, found) for cta in range(ctas)]
-    for own, got in zip(want, dump(ptx[CONFIG], CONFIG, offsets, rows, row_tiles, ctas, steps), strict=True):
+    for own, got in zip(want, dump(CONFIG, offsets, rows, row_tiles, ctas, steps), strict=True):
         assert [tuple(row[:3]) for row in got] == [tuple(p) for p in own]
         assert [tuple(row[3:8]) for row in got] == [tuple(tiles[p.tile]) for p in own]
 
 
-def dump(
-    ptx: str, config: GroupedConfig, offsets: list[int], rows: int, row_tiles: int, ctas: int, steps: int
-) -> list[list[list[int]]]:
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(c, marks=pytest.mark.slow if i else (), id=c.name) for i, c in enumerate((WIDEST, *GROUPED_SHIPPED))],
+)
+def test_experts_of_every_width_and_of_no_tokens(config: GroupedConfig) -> None:
+    """More than a warp of experts, whose order is counted across warps: each width a product can have, among empty ones."""
+    widths = list(config.widths)
+    counts = [0, *widths, 0, 3, 2 * config.tokens, *reversed(widths), 0, 0, *[1] * (30 - len(widths))]
+    assert len(counts) > 32
+    offsets = [0, *itertools.accumulate(counts)]
+    row_tiles, ctas, steps = 2, 3, 5
+    tiles, costs = plan(offsets, offsets[-1], row_tiles, config)
+    rounds, found = cuts(costs, steps, ctas, config)
+    got = dump(config, offsets, offsets[-1], row_tiles, ctas, steps)
+    for cta in range(ctas):
+        own = pieces(cta, ctas, len(tiles), steps, rounds, found)
+        assert [tuple(row[:8]) for row in got[cta]] == [(*p, *tiles[p.tile]) for p in own]
+
+
+def dump(config: GroupedConfig, offsets: list[int], rows: int, row_tiles: int, ctas: int, steps: int) -> list[list[list[int]]]:
     """What each CTA computes, in order: tile, steps, expert, row tile or group, rows of x, width, row groups."""
     turns = 2 * -(-len(plan(offsets, rows, row_tiles, config)[0]) // ctas) + 4
     launch = {
@@ -89,7 +103,7 @@ def dump(
         ],
     }  # fmt: skip
     buffers = {"offsets": np.array(offsets, np.int32), "out": np.full((ctas, turns, 9), -7, np.int32)}
-    result = emulate(load(ptx), launch, buffers)
+    result = emulate(load(ptx(config)), launch, buffers)
     assert result.report.clean, str(result.report)
     return [[row for row in rows_of if row[0] != -7] for rows_of in result.buffers["out"].tolist()]
 
@@ -109,12 +123,10 @@ def dump(
     ],
     ids=lambda v: str(len(v)) if isinstance(v, list) else str(v),
 )
-def test_the_device_fits_tiles_as_the_twin_does(
-    ptx: dict[GroupedConfig, str], offsets: list[int], row_tiles: int, ctas: int, fits: bool
-) -> None:
+def test_the_device_fits_tiles_as_the_twin_does(offsets: list[int], row_tiles: int, ctas: int, fits: bool) -> None:
     rows, steps = max(offsets[-1] + 1, 9), 5
     want = fit(offsets, rows, 3 * row_tiles, ctas, FIT)
-    got = dump(ptx[FIT], FIT, offsets, rows, row_tiles, ctas, steps)
+    got = dump(FIT, offsets, rows, row_tiles, ctas, steps)
     assert (want is not None) == fits
     if want is None:
         tiles, costs = plan(offsets, rows, row_tiles, WHOLE)

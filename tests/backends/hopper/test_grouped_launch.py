@@ -243,6 +243,7 @@ def test_what_a_configuration_may_be() -> None:
     for wrong, message in (
         ({"grain": 12}, "grain: expected a multiple of 8 that divides 128, got 12"),
         ({"grain": 48}, "grain: expected a multiple of 8 that divides 128, got 48"),
+        ({"tokens": 256}, "grain: at most 31 widths of products, a lane for each, got 32"),
         ({"least": 0}, "least: expected 1 or more stages, got 0"),
         ({"share": -1}, "share: expected 0 to 2\\^20, got -1"),
         ({"rows": 4, "fit": True}, "fit: tiles have 2 or 3 row groups, and rows is 4"),

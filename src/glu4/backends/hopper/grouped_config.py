@@ -54,6 +54,8 @@ class GroupedConfig:
             raise ValueError(f"grain: expected a multiple of 8 that divides {self.tokens}, got {self.grain}")
         if self.box < 8 or self.box % 8 or self.tokens % self.box:
             raise ValueError(f"box: expected a multiple of 8 that divides {self.tokens}, got {self.box}")
+        if len(self.widths) > 31:
+            raise ValueError(f"grain: at most 31 widths of products, a lane for each, got {len(self.widths)}")
         if self.steps not in (1, 2, 4):
             raise ValueError(f"steps: expected 1, 2 or 4, got {self.steps}")
         if self.sets not in (1, 2):

@@ -120,7 +120,7 @@ class Schedule:
                     earlier = earlier + there_are if w < warp else earlier
             # of width p and wider, then wider alone
             wider = own
-            for i in cutlass.range_constexpr(4):
+            for i in cutlass.range_constexpr((places - 1).bit_length()):
                 above = cute.arch.shuffle_sync_down(wider, 1 << i)
                 wider = wider + above if lane + (1 << i) < _WARP else wider
             first = wider - own + earlier
