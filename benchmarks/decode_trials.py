@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
+os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")  # CuTe DSL reads it when it is imported
+
 import torch
 from torch import Tensor
 
-from glu4 import GatedWeights, grouped_dual_gemm, quantize
+from glu4 import GatedWeights, dual_gemm, grouped_dual_gemm, quantize
 from glu4.backends.hopper import tokens
 from glu4.backends.hopper.spec import DecodeSpec
 from glu4.bench.grouped import draw_grouped
@@ -31,7 +34,20 @@ from glu4.compiled.driver import Kernel
 from glu4.nvfp4 import NVFP4Tensor
 
 WORDS = (1, 2, 4)
-SHAPES = [(1024, 2048), (1024, 7168), (8192, 2048), (4096, 7168), (65536, 2048)]  # rows, K
+SHAPES = [
+    (64, 7168),
+    (128, 2048),
+    (256, 4096),
+    (256, 7168),
+    (512, 4096),
+    (512, 7168),
+    (1024, 2048),
+    (1024, 7168),
+    (8192, 2048),
+    (4096, 7168),
+    (65536, 2048),
+]  # rows, K
+DENSE = [(m, n, k) for n, k in ((4096, 7168), (3072, 4096)) for m in (64, 128, 256, 512, 1024, 4096)]  # M, N, K
 CASES = ("E128 x64 N768 K2048", "E32 x128 N2048 K7168")
 
 
@@ -73,6 +89,18 @@ def product(case: str, x_format: str) -> list[Callable[[], Tensor]]:
     return [lambda x=x, w=w: grouped_dual_gemm(x, w, operands.offsets, out=out) for x, w in zip(xs, held)]  # type: ignore[misc]
 
 
+def dense(shape: tuple[int, int, int], x_format: str) -> list[Callable[[], Tensor]]:
+    m, n, k = shape
+    draw = torch.Generator("cuda").manual_seed(0)
+    pair = [quantize(torch.randn(n, k, generator=draw, device="cuda").half()) for _ in range(2)]
+    count = copies(sum(w.nbytes for w in pair))
+    weights = [GatedWeights(*(_clone(w) for w in pair)).prepare("cuda", free_original=True) for _ in range(count)]
+    values = torch.randn(m, k, generator=draw, device="cuda").half()
+    x = quantize(values) if x_format == "nvfp4" else values
+    xs = [_clone(x) if isinstance(x, NVFP4Tensor) else x.clone() for _ in weights]
+    return [lambda x=x, w=w: dual_gemm(x, w, out_dtype=torch.float16) for x, w in zip(xs, weights)]  # type: ignore[misc]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--compile", type=Path)
@@ -89,14 +117,15 @@ def main() -> None:
         cubin = (options.kernels / f"words{words}.cubin").read_bytes()
         kernels[words] = Kernel(cubin, description, tokens._DECODER_PARAMETERS)
     rows: list[dict[str, object]] = []
-    for name in (*SHAPES, *CASES):
-        calls = alone(*name) if isinstance(name, tuple) else product(name, "nvfp4")
+    for name in (*SHAPES, *DENSE, *CASES):
+        made = product if isinstance(name, str) else dense
+        calls = alone(*name) if len(name) == 2 else made(name, "nvfp4")  # type: ignore[operator]
         contenders = {f"{words} words": [with_words(kernels, words, call) for call in calls] for words in WORDS}
         with patch.object(tokens, "decoder", lambda: None):
             want = calls[0]().clone()
-        wrong = [way for way, made in contenders.items() if not torch.equal(made[0](), want)]
-        if not isinstance(name, tuple):
-            contenders["float16 tokens"] = product(name, "float16")
+        wrong = [way for way, runs in contenders.items() if not torch.equal(runs[0](), want)]
+        if len(name) != 2:
+            contenders["float16 tokens"] = made(name, "float16")  # type: ignore[operator]
         row: dict[str, object] = {"case": name, "wrong": wrong}
         for way, timing in interleaved(contenders, Cuda()).items() if not wrong else ():
             row[way] = listed(timing)

@@ -17,7 +17,7 @@ from torch import Tensor
 from fake_hopper import FakeCuda, description, fake_hopper
 from glu4 import GatedWeights, LinearWeight, NVFP4Tensor, dual_gemm, linear, quantize, reference
 from glu4.backends.hopper import launch, tokens
-from glu4.backends.hopper.config import DECODE_THREADS, DECODE_WORDS, SHIPPED, Config
+from glu4.backends.hopper.config import DECODE_MANY, DECODE_THREADS, DECODE_WORDS, SHIPPED, Config
 from glu4.backends.hopper.spec import DecodeSpec, KernelSpec, Spec
 from glu4.backends.hopper.tokens import DECODED, NVFP4, decode, format_of, prepared, source
 from glu4.compiled import store
@@ -185,7 +185,7 @@ def test_decoding_ahead_is_one_launch_and_exact(cuda: FakeCuda, seed: int, rows:
     if made:
         words = x.codes.numel() // 4
         (one,) = made
-        assert one.grid[0] * DECODE_THREADS * DECODE_WORDS >= words > (one.grid[0] - 1) * DECODE_THREADS * DECODE_WORDS
+        assert one.grid[0] * DECODE_THREADS >= words > (one.grid[0] - 1) * DECODE_THREADS
         assert one.parameters[:2] == (x.codes.data_ptr(), words)
         if not (swizzled and lead):  # whose scales are copied
             assert one.parameters[2:4] == (x.block_scale.data_ptr(), x.block_scale.numel())
@@ -230,7 +230,15 @@ def test_the_largest_sizes_that_are_launched_fit_their_parameters() -> None:
     """Of the kernel's parameters, sizes are 32 bits with a sign."""
     words = (tokens._INDICES - 1) // 4
     assert 4 * words < 2**31 <= 4 * (words + 1)
-    assert words + DECODE_THREADS * DECODE_WORDS < 2**31  # the index of a thread past the end
+    assert DECODE_WORDS * (words + DECODE_THREADS) < 2**31  # the index of a thread past the end
+
+
+@pytest.mark.parametrize(("words", "ctas"), [(DECODE_MANY - 2, DECODE_MANY // 128), (DECODE_MANY, DECODE_MANY // 256)])
+def test_threads_take_more_words_where_there_are_many(cuda: FakeCuda, words: int, ctas: int) -> None:
+    x = full_range(1, words // 2, 16)
+    assert same(prepared(x, False, -1), x.decode(torch.float16))  # type: ignore[arg-type]
+    (one,) = cuda.launches
+    assert one.grid == (ctas, 1, 1)
 
 
 def test_torch_decodes_where_the_kernel_is_not_compiled(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,11 +15,13 @@ from glu4.problem import Problem
 
 __all__ = ["SHIPPED", "Config", "candidates", "cost", "legal"]
 
+MULTIPROCESSORS = 132  # of an H100 SXM and an H200
 WARPGROUP = 128
 DECODE_WARPS = 4  # that decode NVFP4 tokens, in kernels that do
 DECODE_AHEAD = 4  # stages whose codes each of them asks for ahead
 STAGED_ROW = 72  # bytes of a row of NVFP4 tokens in a stage: 128 codes and 8 scales
-DECODE_THREADS, DECODE_WORDS = 128, 1  # of a CTA that decodes tokens ahead; words of eight codes that each thread takes
+DECODE_THREADS, DECODE_WORDS = 128, 2  # of a CTA that decodes tokens ahead; words of eight codes that a thread takes at most
+DECODE_MANY = 1 << 17  # words from which it takes so many, and fewer CTAs start (benchmarks/results/h200-decode-words.json)
 UNIT_BYTES = 2304  # one packed unit, 64 rows x 64 of K: 2048 bytes of codes and 256 of scales
 TILE_K = 64
 _SHARED_BYTES = 227 * 1024  # a CTA's most on sm_90 (CUDA programming guide, table of technical specifications)
@@ -211,7 +213,7 @@ def legal(config: Config, problem: Problem) -> str | None:
     return None
 
 
-def cost(config: Config, problem: Problem, processors: int = 132) -> float:
+def cost(config: Config, problem: Problem, processors: int = MULTIPROCESSORS) -> float:
     """Predicted cycles, to order configurations by; fitted to one H100 (docs/notebook-hopper.md).
 
     A step of 64 along K takes the decode's and the products' issue time of all warpgroups, or the latency of one, whichever
@@ -228,7 +230,7 @@ def cost(config: Config, problem: Problem, processors: int = 132) -> float:
     return cycles * (1.0 if config.cluster == 1 else 0.985 if ctas > 4 * processors else 1.01)
 
 
-def candidates(problem: Problem, processors: int = 132) -> Iterator[Config]:
+def candidates(problem: Problem, processors: int = MULTIPROCESSORS) -> Iterator[Config]:
     """The shipped configurations that may run `problem`, best first."""
     runnable = [c for c in SHIPPED if legal(c, problem) is None]
     return iter(sorted(runnable, key=lambda c: cost(c, problem, processors)))

@@ -141,7 +141,8 @@ def _store(staged, start, lane, tile: cutlass.Constexpr):
 
 class DecodeTokens:
     """Arguments at launch: codes as words of eight, row by row; scale bytes; out, four words for each word of codes;
-    `swizzled`, 0 for linear scales, else the words of a row, with scales in the 128x4 layout."""
+    `swizzled`, 0 for linear scales, else the words of a row, with scales in the 128x4 layout. The grid has a thread for each
+    DECODE_WORDS words, or for fewer."""
 
     @cute.jit
     def __call__(self, codes: cute.Tensor, scales: cute.Tensor, out: cute.Tensor, swizzled: Int32, stream: CUstream):
@@ -153,18 +154,19 @@ class DecodeTokens:
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         count = codes.shape[0]
-        first = block * (DECODE_THREADS * DECODE_WORDS) + thread
+        grid, _, _ = cute.arch.grid_dim()
+        first = block * DECODE_THREADS + thread
         cute.arch.griddepcontrol_launch_dependents()
         cute.arch.griddepcontrol_wait()
         words = cute.make_rmem_tensor((DECODE_WORDS,), Uint32)
         scale_bytes = cute.make_rmem_tensor((DECODE_WORDS,), Uint32)
         for i in cutlass.range_constexpr(DECODE_WORDS):
-            # past the end the last word again, so that all loads start at once
-            word = cutlass.min(first + i * DECODE_THREADS, count - 1)
-            words[i] = codes[word]
-            scale_bytes[i] = Uint32(scales[self.scale_index(word, swizzled)])
+            word = first + i * (grid * DECODE_THREADS)
+            if word < count:  # so that all loads start at once
+                words[i] = codes[word]
+                scale_bytes[i] = Uint32(scales[self.scale_index(word, swizzled)])
         for i in cutlass.range_constexpr(DECODE_WORDS):
-            word = first + i * DECODE_THREADS
+            word = first + i * (grid * DECODE_THREADS)
             if word < count:
                 values = _decode(words[i], _factor(scale_bytes[i]))
                 for pair in cutlass.range_constexpr(4):

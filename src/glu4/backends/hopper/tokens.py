@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from glu4.backends.hopper.config import DECODE_THREADS, DECODE_WORDS
+from glu4.backends.hopper.config import DECODE_MANY, DECODE_THREADS, DECODE_WORDS
 from glu4.backends.hopper.spec import DecodeSpec
 from glu4.compiled import store
 from glu4.compiled.driver import Kernel, Matrix
@@ -139,7 +139,8 @@ def _decoded(x: NVFP4Tensor, index: int) -> Tensor:
         return decode(x)
     k = codes.shape[-1] * 2
     out = torch.empty((*codes.shape[:-1], k), dtype=torch.float16, device=codes.device)
-    grid = (-(-words // (DECODE_THREADS * DECODE_WORDS)), 1, 1)
+    each = DECODE_WORDS if words >= DECODE_MANY else 1
+    grid = (-(-words // (DECODE_THREADS * each)), 1, 1)
     row_words = k // 8 if x.is_swizzled else 0
     params = (codes.data_ptr(), words, scales.data_ptr(), scales.numel(), out.data_ptr(), 4 * words, row_words)
     kernel.launch(index, _C._cuda_getCurrentRawStream(index), grid, None, params)
