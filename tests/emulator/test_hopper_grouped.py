@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import re
 import struct
 import subprocess
 import sys
@@ -245,8 +244,7 @@ FIT = GroupedConfig(32, 3, 8, 8, 4, fit=True)
 
 
 @pytest.mark.slow
-@pytest.mark.long
-@pytest.mark.parametrize("ctas", [13, 18])
+@pytest.mark.parametrize("ctas", [13, pytest.param(18, marks=pytest.mark.long)])
 def test_tiles_that_fit(ctas: int) -> None:
     """Tiles of 2 and 3 row groups, one a CTA; no sums are left; the bits are those of other tiles, whatever comes first."""
     experts = Experts([3, 0, 9, 61], 136, 640)
@@ -278,20 +276,6 @@ def test_one_set_of_fragments(rows: int) -> None:
             assert (result.buffers["c"] == two.buffers["c"]).all()
 
 
-@pytest.mark.slow
-@pytest.mark.long
-def test_weights_that_leave_the_cache_first() -> None:
-    """A trial; the bits are those without."""
-    one, experts = replace(CONFIG, evict_first=True), Experts([3, 0, 9, 33], 72, 640)
-    plain, hinted = (len(re.findall(r"complete_tx::bytes\.L2::cache_hint \[%r", ptx(c))) for c in (CONFIG, one))
-    assert hinted - plain == CONFIG.rows
-    two = experts.run(ptx(CONFIG), CONFIG, ctas=5)
-    for seed in (1, 2):
-        result = experts.run(ptx(one), one, ctas=5, schedule="random", seed=seed)
-        assert result.report.clean, str(result.report)
-        assert (result.buffers["c"] == two.buffers["c"]).all()
-
-
 FIT_FAULTS = {
     "bytes of an idle row group": ("groups * (g.weight_bytes // c.rows)", "Int32(g.weight_bytes)"),
     "an idle row group releases nothing": (
@@ -307,8 +291,7 @@ FIT_FAULTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.long
-@pytest.mark.parametrize("fault", FIT_FAULTS)
+@pytest.mark.parametrize("fault", [pytest.param(f, marks=pytest.mark.long if i else ()) for i, f in enumerate(FIT_FAULTS)])
 def test_planted_faults_in_tiles_that_fit_are_found(fault: str) -> None:
     experts = Experts([3, 0, 9, 61], 136, 640)
     result = experts.run(ptx(FIT, *FIT_FAULTS[fault]), FIT, ctas=13, max_instructions=MOST)
@@ -316,7 +299,6 @@ def test_planted_faults_in_tiles_that_fit_are_found(fault: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_a_fragment_written_too_early_is_found() -> None:
     old = "                    warpgroup.wait_group(0)\n                    if"
     one = GroupedConfig(32, 1, 8, 8, 4, least=1, share=0, sets=1)

@@ -47,7 +47,7 @@ class Config:
     by side along N that load a share of their tokens each and multicast it; splits: CTAs that share a tile's K, add their
     sums through distributed shared memory and write a share of the tile each; store: outputs leave shared memory through
     "threads", or as "bulk" copies of a token's outputs of one warpgroup; producers: "warps" of their own issue the copies, or
-    with "none" the first consumer warp does; evict_first: packed weights leave the L2 cache before tokens do (a trial)."""
+    with "none" the first consumer warp does."""
 
     tokens: int
     rows: int = 2
@@ -58,7 +58,6 @@ class Config:
     splits: int = 1
     store: str = "threads"
     producers: str = "warps"
-    evict_first: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens not in _TOKEN_TILES:
@@ -88,7 +87,7 @@ class Config:
     def name(self) -> str:
         multicast = f"c{self.cluster}" if self.cluster > 1 else ""
         split = f"s{self.splits}" if self.splits > 1 else ""
-        switches = "b" * (self.store == "bulk") + "n" * (self.producers == "none") + "e" * self.evict_first
+        switches = "b" * (self.store == "bulk") + "n" * (self.producers == "none")
         return f"t{self.tokens}r{self.rows}g{self.k_groups}f{self.fragment_sets}u{self.stage_units}{multicast}{split}{switches}"
 
     @property

@@ -30,7 +30,6 @@ from glu4.backends.hopper.config import DECODER_REGISTERS, PRODUCER_REGISTERS, T
 from glu4.backends.hopper.decode_tokens import TOKEN_BIAS, produce_tokens
 from glu4.backends.hopper.instructions import (
     asm_u32,
-    bulk_load_once,
     bulk_store,
     store_16_bytes,
     store_remote,
@@ -259,11 +258,7 @@ class DualGemm:
         first = weights[(tile, k * c.stage_units, None)].iterator
         copy_units = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Uint32)
         source = cute.make_tensor(first, cute.make_layout(stage_words))
-        target, barrier = s_weights[(None, i, state.index)], pipe.producer_get_barrier(state)
-        if cutlass.const_expr(c.evict_first):  # cute.copy drops a cache policy of bulk copies (CuTe DSL 4.8.1)
-            bulk_load_once(target.iterator.toint(), first.toint(), 4 * stage_words, barrier.toint())
-        else:
-            cute.copy(copy_units, source, target, mbar_ptr=barrier)
+        cute.copy(copy_units, source, s_weights[(None, i, state.index)], mbar_ptr=pipe.producer_get_barrier(state))
 
     @cute.jit
     def decode_tokens(self, x, block_scales, tokens, staging, pipe, token_tile, first_step, steps, warp):

@@ -27,13 +27,12 @@ class GroupedConfig:
     grain    products are as many tokens wide as a tile has, rounded up to a multiple of this
     box      tokens that one tensor copy fetches: fewer read less that no product needs, but take longer to issue
     steps    of 16 along K that are decoded into one fragment
-    sets     fragments: with 2 a warpgroup decodes one while the products of the other run; with 1 those of other
-             warpgroups run meanwhile (a trial)
+    sets     fragments: with 2 a warpgroup decodes one while the products of the other run; with 1, where registers are
+             few, those of other warpgroups run meanwhile
     least    no tile is cut within so many stages along K of its begin or end
     share    tiles are shared where a CTA of one row group gains more than that many tokens of one stage along K; above what
              the exchange of sums takes, as shared tiles cost clock (docs/notebook-hopper.md, section 7)
-    fit      work of few experts that fits into one round is cut into tiles of 2 or 3 row groups of about one cost (a trial)
-    evict_first  packed weights leave the L2 cache before tokens do (a trial)
+    fit      work of few experts that fits into one round is cut into tiles of 2 or 3 row groups of about one cost
     gather   rows of x are found by an index and copied in pieces of 16 bytes, instead of boxes of rows sorted by expert
     """
 
@@ -46,7 +45,6 @@ class GroupedConfig:
     share: int = 6000
     fit: bool = False
     sets: int = 2
-    evict_first: bool = False
     gather: bool = False
 
     def __post_init__(self) -> None:
@@ -72,14 +70,14 @@ class GroupedConfig:
     @property
     def tile(self) -> Config:
         """The dense kernel's configuration that computes the largest tile."""
-        return Config(self.tokens, self.rows, 1, 1, 2, evict_first=self.evict_first)
+        return Config(self.tokens, self.rows, 1, 1, 2)
 
     @property
     def name(self) -> str:
         least = "" if (self.least, self.share) == (4, 6000) else f"l{self.least}s{self.share}"
         one_set = "o" * (self.sets == 1)
         tile = f"t{self.tokens}r{self.rows}d{self.steps}{one_set}b{self.box}w{self.grain}"
-        return f"{tile}{least}{'f' * self.fit}{'e' * self.evict_first}{'i' * self.gather}"
+        return f"{tile}{least}{'f' * self.fit}{'i' * self.gather}"
 
     @property
     def widths(self) -> range:

@@ -56,22 +56,6 @@ def store_16_bytes(address: Any, words: Any, *, loc: Any = None, ip: Any = None)
 
 
 @dsl_user_op
-def bulk_load_once(here: Any, there: Any, size: int, barrier: Any, *, loc: Any = None, ip: Any = None) -> None:
-    """Start a bulk copy of `size` bytes, a multiple of 16, from global to own shared memory, which completes on `barrier`.
-
-    The lines leave the L2 cache first; the policy's bits as CUTLASS has them (TMA::CacheHintSm90::EVICT_FIRST).
-    """
-    values = [Uint32(here).ir_value(loc=loc, ip=ip), Int64(there).ir_value(loc=loc, ip=ip)]
-    values += [Uint32(barrier).ir_value(loc=loc, ip=ip), Int64(0x12F0000000000000).ir_value(loc=loc, ip=ip)]
-    llvm.inline_asm(
-        None, values,
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-        f"[$0], [$1], {size}, [$2], $3;", "r,l,r,l", has_side_effects=True, is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
-    )  # fmt: skip
-
-
-@dsl_user_op
 def bulk_store(there: Any, here: Any, size: int, *, loc: Any = None, ip: Any = None) -> None:
     """Start a bulk copy of `size` bytes from shared to global memory, all multiples of 16; of this thread's bulk group."""
     values = [v.ir_value(loc=loc, ip=ip) for v in (Int64(there), Uint32(here), Uint32(size))]
