@@ -25,9 +25,11 @@ import torch
 from torch import Tensor
 
 from glu4.activation import SILU
-from glu4.backends.hopper.grouped_config import GroupedConfig
+from glu4.backends.hopper.grouped_config import GROUPED_SHIPPED, GroupedConfig
 from glu4.backends.hopper.grouped_launch import made_kernel, submit
 from glu4.backends.hopper.spec import GroupedSpec
+from glu4.bench.grouped import GroupedShape
+from glu4.bench.machine import environment
 from glu4.bench.suites import GROUPED_SUITES
 from glu4.compiled import store
 from glu4.nvfp4 import NVFP4Tensor
@@ -35,28 +37,32 @@ from glu4.verify.case import Case
 from glu4.verify.checker import check
 from glu4.weights import pack
 
-NEVER = (1 << 20) - 1
 CONFIGS = (
-    GroupedConfig(128, 2, 32, 8, 4),
-    GroupedConfig(128, 3, 32, 8, 4),
-    GroupedConfig(128, 4, 32, 8, 2),
-    GroupedConfig(256, 2, 32, 16, 4),
-    GroupedConfig(64, 4, 32, 8, 2),
-    GroupedConfig(64, 3, 64, 8, 4),
-    GroupedConfig(16, 4, 16, 8, 2),
-    # one set of fragments
-    GroupedConfig(128, 4, 32, 8, 4, sets=1),
-    GroupedConfig(128, 3, 32, 8, 4, sets=1),
-    # tiles of 2 and 3 row groups, one a CTA
-    GroupedConfig(192, 3, 32, 8, 4, fit=True),
-    # tiles always shared, and never
-    GroupedConfig(128, 4, 32, 8, 2, share=0),
-    GroupedConfig(256, 2, 32, 16, 4, share=0),
-    GroupedConfig(128, 4, 32, 8, 2, share=NEVER),
-    GroupedConfig(256, 2, 32, 16, 4, share=NEVER),
+    *GROUPED_SHIPPED,
+    # larger boxes
+    GroupedConfig(192, 3, 64, 8, 4, fit=True),
+    GroupedConfig(192, 3, 96, 8, 4, fit=True),
+    GroupedConfig(256, 2, 64, 16, 4),
+    # without fitting
+    GroupedConfig(192, 3, 32, 8, 4),
 )
 SPECS = tuple(GroupedSpec(c, "f16", "f16") for c in CONFIGS)
-CASES = (*GROUPED_SUITES["grouped-seed"], *GROUPED_SUITES["moe"])
+
+
+def routed(experts: int, mean: int, n: int, k: int) -> GroupedShape:
+    """Tokens that choose among experts of equal chances."""
+    draw = torch.Generator().manual_seed(0)
+    counts = torch.randint(0, experts, (experts * mean,), generator=draw).bincount(minlength=experts)
+    return GroupedShape(f"routed E{experts} x{mean} N{n} K{k}", n, k, tuple(counts.tolist()))
+
+
+# where the dispatch goes from one configuration to the next
+ROUTED = (
+    *(routed(128, mean, 768, 2048) for mean in (16, 24, 32, 48, 96, 192, 256)),
+    *(routed(32, mean, 2048, 7168) for mean in (24, 48, 160, 192, 224, 256, 384)),
+    *(routed(8, mean, 14336, 4096) for mean in (24, 64, 128, 160, 192, 256, 384, 512)),
+)
+CASES = (*GROUPED_SUITES["grouped-seed"], *GROUPED_SUITES["moe"], *ROUTED)
 SENTINEL = 0x5AA5
 SPARE = 3  # rows of no expert
 COLD_BYTES, REPLAY_US = 200_000_000, 8000.0
@@ -237,7 +243,11 @@ def main() -> None:
         data = Operands(shape.drawn(0), shape.n, shape.k)
         expected, packed, outs = data.reference(), data.copies(), data.poisoned()
         for name, kernel in kernels.items():
-            reason = "skipped" if name in broken else wrong(data, kernel, expected)
+            try:
+                reason = "skipped" if name in broken else wrong(data, kernel, expected)
+            except RuntimeError:
+                print("FAILED", shape.case, name, flush=True)  # which leaves the process no device
+                raise
             row = {"case": shape.case, "config": name, "wrong": reason}
             if not reason:
                 calls = [partial(data.run, kernel, outs, w) for w in packed]
@@ -252,7 +262,7 @@ def main() -> None:
                 except RuntimeError as error:
                     rows.append({"case": shape.case, "config": name, "wrong": str(error)[:200]})
         print(shape.case, f"{time.time() - begin:.1f} s", flush=True)
-        options.output.write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": rows}, indent=1))
+        options.output.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
     for case in dict.fromkeys(r["case"] for r in rows):
         mine = [r for r in rows if r["case"] == case]
         line = " ".join(

@@ -70,7 +70,7 @@ def test_the_shipped_set() -> None:
         decoders = [DecodeSpec(gather=True), DecodeSpec()] if dual else [DecodeSpec()]
         assert shipped_grouped(dual) == [s for s in experts if s.dual == dual] + decoders
     assert not any(s.config.gather for s in experts if not s.dual)
-    assert "sm90_grouped_linear_w4a16_bf16_f16_t64r4d2b32w8" in {s.name for s in experts}
+    assert "sm90_grouped_linear_w4a16_bf16_f16_t64r4d4b32w8" in {s.name for s in experts}
     names = {s.name for s in both if s.config == SHIPPED[0] and s.dual}
     assert "sm90_dual_gemm_w4a4_bf16_t8r1g3f1u2" in names
     assert "sm90_dual_gemm_w4a16_bf16_f16_t8r1g3f1u2" in names

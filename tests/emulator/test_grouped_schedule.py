@@ -19,7 +19,6 @@ from glu4.emulator.launch import emulate, load
 from grouped_twin import cuts, fit, pieces, plan
 
 CONFIG = GroupedConfig(32, 4, 8, 8, 2, least=2, share=160)
-WIDEST = GroupedConfig(192, 3, 32, 8, 4)
 WHOLE, FIT = (GroupedConfig(32, 3, 8, 8, 2, least=2, share=160, fit=fits) for fits in (False, True))
 
 
@@ -72,10 +71,13 @@ def test_the_device_has_the_twins_schedule(offsets: list[int], rows: int, row_ti
         assert [tuple(row[3:8]) for row in got] == [tuple(tiles[p.tile]) for p in own]
 
 
-@pytest.mark.parametrize(
-    "config",
-    [pytest.param(c, marks=pytest.mark.slow if i else (), id=c.name) for i, c in enumerate((WIDEST, *GROUPED_SHIPPED))],
-)
+def marks(config: GroupedConfig) -> list[pytest.MarkDecorator]:
+    """Quick is the one with most widths; the next is in CI, the others are of `make prove-all`."""
+    more = sum(len(c.widths) > len(config.widths) for c in GROUPED_SHIPPED)
+    return [pytest.mark.slow, pytest.mark.long][: min(more, 2)]
+
+
+@pytest.mark.parametrize("config", [pytest.param(c, marks=marks(c), id=c.name) for c in GROUPED_SHIPPED])
 def test_experts_of_every_width_and_of_no_tokens(config: GroupedConfig) -> None:
     """More than a warp of experts, whose order is counted across warps: each width a product can have, among empty ones."""
     widths = list(config.widths)
@@ -86,9 +88,10 @@ def test_experts_of_every_width_and_of_no_tokens(config: GroupedConfig) -> None:
     tiles, costs = plan(offsets, offsets[-1], row_tiles, config)
     rounds, found = cuts(costs, steps, ctas, config)
     got = dump(config, offsets, offsets[-1], row_tiles, ctas, steps)
+    groups = config.rows if config.fit else 1  # of a row tile, as it is written down
     for cta in range(ctas):
-        own = pieces(cta, ctas, len(tiles), steps, rounds, found)
-        assert [tuple(row[:8]) for row in got[cta]] == [(*p, *tiles[p.tile]) for p in own]
+        own = [(p, tiles[p.tile]) for p in pieces(cta, ctas, len(tiles), steps, rounds, found)]
+        assert [tuple(row[:8]) for row in got[cta]] == [(*p, *t._replace(row_tile=t.row_tile * groups)) for p, t in own]
 
 
 def dump(config: GroupedConfig, offsets: list[int], rows: int, row_tiles: int, ctas: int, steps: int) -> list[list[list[int]]]:

@@ -125,8 +125,10 @@ def test_batches(anywhere: Target, m: int, k: int, form: str) -> None:
     w4a4.right_in_batches(anywhere, full_range_case(3, m, 72, k, batch=3, x_format="nvfp4", bias=False), form)
 
 
-def test_many_tokens_are_decoded_ahead(anywhere: Target) -> None:
+def test_many_tokens_are_decoded_ahead(anywhere: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many CTAs as several waves of them, and a ragged last one."""
+    if anywhere.backend == "portable":  # kernels may be there all the same
+        monkeypatch.setattr(tokens, "decoder", lambda: None)
     m, k = (3001, 7184) if anywhere.full else (131, 208)
     case = full_range_case(1, m, 8, k, x_format="nvfp4")
     assert isinstance(case.x, NVFP4Tensor)

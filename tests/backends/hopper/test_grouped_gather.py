@@ -54,7 +54,7 @@ def told(fake: FakeCuda, before: int) -> list[str]:
         ("float16", "decode", ["multiply"]),
         ("float16", "load", ["multiply+gather"]),
         ("bfloat16", "load", ["multiply+gather"]),
-        ("nvfp4", "", ["decode+gather", "multiply"]),
+        ("nvfp4", "", ["decode", "multiply+gather"]),
         ("nvfp4", "copy", ["decode", "multiply"]),
         ("nvfp4", "decode", ["decode+gather", "multiply"]),
         ("nvfp4", "load", ["decode", "multiply+gather"]),
@@ -158,15 +158,16 @@ def test_gathered_rows_of_torch() -> None:
 
 
 def test_configurations_and_specs() -> None:
-    assert [c.name for c in GATHER_CONFIGS] == [c.name + "i" for c in GROUPED_SHIPPED]
-    for config, sorted_config in zip(GATHER_CONFIGS, GROUPED_SHIPPED, strict=True):
+    sorted_too = [c for c in GROUPED_SHIPPED if c.tokens < 256]
+    assert [c.name for c in GATHER_CONFIGS] == [c.name + "i" for c in sorted_too]
+    for config, sorted_config in zip(GATHER_CONFIGS, sorted_too, strict=True):
         assert (config.stages, config.shared_bytes) == (sorted_config.stages, sorted_config.shared_bytes)
     with pytest.raises(ValueError, match="gather: a warp holds an index a lane, and tokens is no multiple of 32 but 16"):
         GroupedConfig(16, 4, 16, gather=True)
     for rows in (8, 64, 4096):
         problem = GroupedProblem(rows, 4, 8, 16)
         plain, gathers = (list(grouped_candidates(problem, gather=g)) for g in (False, True))
-        assert [c.name + "i" for c in plain] == [c.name for c in gathers]
+        assert [c.name + "i" for c in plain if c.tokens < 256] == [c.name for c in gathers]
     for spec in gathering():
         assert spec_from_dict(spec.to_dict()) == spec
     everything = shipped()
@@ -176,12 +177,12 @@ def test_configurations_and_specs() -> None:
 
 @pytest.mark.parametrize(
     ("n", "rows", "of_16_bits", "of_nvfp4"),
-    [(768, 512, "load", "decode"), (768, 8192, "load", "load"), (2048, 512, "copy", "decode"), (2048, 8192, "copy", "decode")],
+    [(768, 512, "load", "load"), (768, 8192, "load", "load"), (2048, 512, "load", "load"), (2048, 8192, "copy", "decode")],
 )
 def test_the_way_that_was_measured_fastest(
     monkeypatch: pytest.MonkeyPatch, n: int, rows: int, of_16_bits: str, of_nvfp4: str
 ) -> None:
-    """Experts as in benchmarks/results/h200-gather.json, 4 tokens to each or 64."""
+    """Experts as in benchmarks/results/h200-gather-2.json, 4 tokens to each or 64."""
     monkeypatch.delenv("GLU4_GATHER", raising=False)
     for x_format, way in (("bfloat16", of_16_bits), ("nvfp4", of_nvfp4)):
         assert grouped_launch.gather_of(GroupedProblem(rows, 128, n, 2048, x_format=x_format)) == way

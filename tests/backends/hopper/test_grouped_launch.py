@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +23,13 @@ from glu4 import (
     reference,
 )
 from glu4.activation import Activation
-from glu4.backends.hopper.grouped_config import GATHER_CONFIGS, GROUPED_SHIPPED, GroupedConfig, grouped_legal
+from glu4.backends.hopper.grouped_config import (
+    GATHER_CONFIGS,
+    GROUPED_SHIPPED,
+    GroupedConfig,
+    grouped_candidates,
+    grouped_legal,
+)
 from glu4.backends.hopper.spec import DecodeSpec, GroupedSpec, shipped_grouped, spec_from_dict
 from glu4.problem import GroupedProblem
 from operands import full_range
@@ -255,3 +262,36 @@ def test_what_a_configuration_may_be() -> None:
             GroupedConfig(**wrong)  # type: ignore[arg-type]
     problem = GroupedProblem(4, 2, 8, 16, out_dtype=torch.float32)
     assert grouped_legal(GroupedConfig(), problem) == "float32 output: the kernel writes float16 or bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("experts", "rows", "n", "best"),
+    [
+        (128, 512, 768, "t64r4d4b32w8"),
+        (128, 24 * 128, 768, "t64r4d4b32w8"),
+        (128, 64 * 128, 768, "t128r4d4ob32w8"),
+        (32, 128 * 32, 2048, "t128r4d4ob32w8"),
+        (8, 128 * 8, 14336, "t192r3d4b32w8f"),
+        (32, 160 * 32, 2048, "t192r3d4b32w8f"),
+        (32, 192 * 32, 2048, "t256r2d4b32w16"),
+        (128, 256 * 128, 768, "t192r3d4b32w8f"),
+        (2, 512, 3072, "t192r3d4b32w8f"),  # 4 bands by 32 row tiles of 192: 128 CTAs
+        (2, 128, 3072, "t128r4d4ob32w8"),  # two bands, but of few tokens
+    ],
+)
+def test_the_configuration_that_was_measured_fastest(experts: int, rows: int, n: int, best: str) -> None:
+    """Near the points of benchmarks/results/h200-grouped-points.json."""
+    problem = GroupedProblem(rows, experts, n, 4096)
+    order = list(grouped_candidates(problem))
+    assert order[0].name == best
+    assert set(order) == set(GROUPED_SHIPPED) - ({GroupedConfig(256, 2, 32, 16, 4)} if experts > 160 else set())
+
+
+def test_one_round_depends_on_the_operation_and_the_device() -> None:
+    """512 tokens of two experts are at most four bands of 192: with 32 row tiles of gate and up 128 CTAs."""
+    fits = GroupedProblem(512, 2, 3072, 4096)
+    assert next(grouped_candidates(fits, processors=128)).fit
+    assert next(grouped_candidates(replace(fits, rows=385), processors=96)).fit  # three bands
+    assert next(grouped_candidates(replace(fits, rows=385), processors=95)).tokens == 256
+    one = replace(fits, rows=385, operation="grouped_linear", n=6144)
+    assert next(grouped_candidates(one, processors=96)).fit

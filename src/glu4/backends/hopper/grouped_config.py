@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from glu4.backends.hopper.config import TILE_K, UNIT_BYTES, WARPGROUP, Config
+from glu4.backends.hopper.config import MULTIPROCESSORS, TILE_K, UNIT_BYTES, WARPGROUP, Config
 from glu4.problem import GroupedProblem
 
 __all__ = ["GATHER_CONFIGS", "GROUPED_SHIPPED", "MAX_EXPERTS", "GroupedConfig", "grouped_candidates", "grouped_legal"]
@@ -150,11 +150,13 @@ class GroupedConfig:
         return min(240, pool // (self.rows * WARPGROUP) // 8 * 8)
 
 
-_FEW = GroupedConfig(64, 4, 32, 8, 2)
-_MANY = GroupedConfig(128, 4, 32, 8, 2)
-_WIDE = GroupedConfig(256, 2, 32, 16, 4)
-GROUPED_SHIPPED = (_FEW, _MANY, _WIDE)
-GATHER_CONFIGS = tuple(replace(c, gather=True) for c in GROUPED_SHIPPED)  # the same bits, of tokens that lie unsorted
+_FEW = GroupedConfig(64, 4, 32, 8, 4)
+_MANY = GroupedConfig(128, 4, 32, 8, 4, sets=1)
+_WIDE = GroupedConfig(192, 3, 32, 8, 4, fit=True)
+_WIDEST = GroupedConfig(256, 2, 32, 16, 4)
+GROUPED_SHIPPED = (_FEW, _MANY, _WIDE, _WIDEST)
+# the same bits, of tokens that lie unsorted
+GATHER_CONFIGS = tuple(replace(c, gather=True) for c in (_FEW, _MANY, _WIDE))
 
 
 def grouped_legal(config: GroupedConfig, problem: GroupedProblem) -> str | None:
@@ -168,13 +170,29 @@ def grouped_legal(config: GroupedConfig, problem: GroupedProblem) -> str | None:
     return None
 
 
-def grouped_candidates(problem: GroupedProblem, gather: bool = False) -> Iterator[GroupedConfig]:
-    """The shipped configurations that may run `problem`, best first; with `gather` their twins that find rows by an index.
+def grouped_candidates(
+    problem: GroupedProblem, gather: bool = False, processors: int = MULTIPROCESSORS
+) -> Iterator[GroupedConfig]:
+    """The shipped configurations that may run `problem`, best first; with `gather` those that find rows by an index.
 
-    The host knows the mean of an expert's tokens alone; tiles follow each expert's own count on the device.
+    The host knows the mean of an expert's tokens alone; tiles follow each expert's own count on the device. Bounds between the
+    measured points of benchmarks/results/h200-grouped-points.json.
     """
     mean = problem.rows / max(1, problem.experts)
-    order = (_FEW, _MANY, _WIDE) if mean <= 16 else (_MANY, _WIDE, _FEW)
-    if 96 < mean <= 192 and problem.experts <= 16:
-        order = (_WIDE, _MANY, _FEW)
-    return (replace(config, gather=gather) for config in order if grouped_legal(config, problem) is None)
+    if mean <= 24:
+        order = (_FEW, _MANY, _WIDE, _WIDEST)
+    elif 176 < mean <= 240 and not _one_round(problem, processors):
+        order = (_WIDEST, _WIDE, _MANY, _FEW)
+    elif mean > (112 if problem.experts <= 16 else 128) or (mean > 64 and _one_round(problem, processors)):
+        order = (_WIDE, _WIDEST, _MANY, _FEW)
+    else:
+        order = (_MANY, _WIDE, _WIDEST, _FEW)
+    configs = (replace(c, gather=True) for c in order if c is not _WIDEST) if gather else iter(order)
+    return (c for c in configs if grouped_legal(c, problem) is None)
+
+
+def _one_round(problem: GroupedProblem, processors: int) -> bool:
+    """Whether tiles of _WIDE surely find a CTA each, however the tokens are shared out."""
+    bands = (problem.rows + problem.experts * (_WIDE.tokens - 1)) // _WIDE.tokens
+    row_groups = -(-problem.n // (32 if problem.operation == "grouped_dual_gemm" else 64))
+    return problem.experts <= FIT_EXPERTS and bands * -(-row_groups // _WIDE.rows) <= processors

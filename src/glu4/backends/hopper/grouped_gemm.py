@@ -455,6 +455,7 @@ class GroupedGemm(DualGemm):
         at_once = cutlass.const_expr(min(c.tokens, 64 if c.rows == 2 else 32))  # as many loads as registers are free
         for token in cutlass.range_constexpr(0, c.tokens, at_once):
             if token < width:
+                cute.arch.sync_warp()  # or the compiler would start the next loads too, for which there are no registers
                 theirs = cute.make_rmem_tensor((at_once // 2,), Float32)
                 for i in cutlass.range_constexpr(0, at_once // 2, 4):
                     start = address + (token // 2 + i) * (WARPGROUP * 4)

@@ -28,7 +28,7 @@ _C = torch._C
 _X_SCALE, _GATE_BIAS, _UP_BIAS, _IDENTITY = 1, 2, 4, 8
 # ways of tokens that lie unsorted to the products: a copy in memory, a copy as they are decoded, the kernel's own loads
 GATHERS = ("copy", "decode", "load")
-_NARROW = 1024  # rows of gate up to which the loads gather; they gained at 768 and lost at 2048
+_NARROW = 1024  # rows of gate up to which the loads gather, whatever the tokens; they gained at 768 and lost at 2048
 _PIECES = 1 << 32  # of 16 bytes, which the loads count in 32 bits
 # parameters after the tensor map: rows, k; weights [experts, tiles, units]; offsets; gate's and up's scales; x's scale; biases
 # [experts, n]; flags; alpha, beta, limit; out [rows, n]; partial sums; their flags
@@ -148,10 +148,10 @@ def gather_of(problem: GroupedProblem) -> str:
     insists. "decode" is of NVFP4 tokens, and otherwise "copy".
 
     As measured on an H200 (docs/notebook-hopper.md, section 7): a row's copy costs what it costs, and the loads cost a share of
-    its products, which are fewer the narrower the experts are.
+    its products, which are fewer the narrower the experts are; with few tokens an expert, weights take longer than either.
     """
-    narrow, few = problem.n <= _NARROW, problem.rows <= 16 * problem.experts
-    best = ("load" if narrow and not few else "decode") if problem.x_format == "nvfp4" else ("load" if narrow else "copy")
+    loads = problem.n <= _NARROW or problem.rows <= 16 * problem.experts
+    best = "load" if loads else "decode" if problem.x_format == "nvfp4" else "copy"
     chosen = os.environ.get("GLU4_GATHER") or best
     if chosen not in GATHERS:
         raise ValueError(f"GLU4_GATHER: expected one of {', '.join(GATHERS)}, got {chosen!r}")
@@ -212,11 +212,11 @@ def grouped(
         assert dual
         x, order = _sorted(x, order.contiguous(), problem, index)
     if order is not None:
-        kernel, chosen = _first(grouped_candidates(problem, gather=True), x_format, out.dtype, dual)
+        kernel, chosen = _first(grouped_candidates(problem, True, _processors(index)), x_format, out.dtype, dual)
         if kernel is None:
             x, order = gather_rows(x, order), None
     if kernel is None:
-        candidates = grouped_candidates(problem) if config is None else iter((config,))
+        candidates = grouped_candidates(problem, False, _processors(index)) if config is None else iter((config,))
         kernel, chosen = _first(candidates, x_format, out.dtype, dual)
     if kernel is None or chosen is None:
         raise UnsupportedError("no compiled Hopper kernel for this problem; run glu4 compile")
