@@ -276,17 +276,23 @@ def test_a_broken_installation_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_shipped_set_compiles_without_spills_as_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("part", ["types that differ", pytest.param("all", marks=pytest.mark.long)])
+def test_the_shipped_set_compiles_without_spills_as_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """In CI every configuration with every type of tokens and every type of outputs, but not with both the same."""
     monkeypatch.undo()
     if store.installed_dsl() != store.DSL_VERSION:
         pytest.skip(f"needs nvidia-cutlass-dsl {store.DSL_VERSION}")
     monkeypatch.setenv("GLU4_CACHE_DIR", "off")
     target = tmp_path / "kernels"
-    specs = every_kernel()
-    assert store.compile_missing(specs, target) == len(specs) - len(store.inventory(specs).packaged)
     recorded = {row["name"]: row for row in json.loads(RECORDED.read_text())["kernels"]}
+    specs = every_kernel()
     assert recorded.keys() == {s.name for s in specs}, "record again: glu4 compile --list --json"
+    if part != "all":
+        specs = [s for s in specs if not isinstance(s, KernelSpec | GroupedSpec) or s.x != s.out]
+    assert store.compile_missing(specs, target) == len(specs) - len(store.inventory(specs).packaged)
     for spec in specs:
         cubin, description = store.read(store.file_of(target, spec), spec) or (b"", {})
         row = recorded[spec.name]

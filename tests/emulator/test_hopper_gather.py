@@ -131,7 +131,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "a stage is not waited for": (WAIT, WAIT.split("\n")[1], "data race"),
     "rows beyond the last expert's end": (INDEX, "first + 32 * i + lane", "out of bounds"),
 }  # fmt: skip
-IN_CI = ("no index", "no proxy fence", "arrival before the copies are done", "a stage is not waited for")
+IN_CI = ("no index", "arrival before the copies are done")
 
 
 @pytest.mark.parametrize("fault", [pytest.param(f, marks=pytest.mark.slow if f in IN_CI else LONG) for f in FAULTS])
