@@ -84,14 +84,42 @@ def test_experts_of_every_width_and_of_no_tokens(config: GroupedConfig) -> None:
     counts = [0, *widths, 0, 3, 2 * config.tokens, *reversed(widths), 0, 0, *[1] * (30 - len(widths))]
     assert len(counts) > 32
     offsets = [0, *itertools.accumulate(counts)]
-    row_tiles, ctas, steps = 2, 3, 5
-    tiles, costs = plan(offsets, offsets[-1], row_tiles, config)
+    launch = config, offsets, offsets[-1], 2, 3, 5
+    assert [[tuple(row[:8]) for row in own] for own in dump(*launch)] == expected(*launch)
+
+
+def expected(
+    config: GroupedConfig, offsets: list[int], rows: int, row_tiles: int, ctas: int, steps: int
+) -> list[list[tuple[int, ...]]]:
+    """What the twin says that each CTA computes, as `dump` has it."""
+    fitted = fit(offsets, rows, config.rows * row_tiles, ctas, config) if config.fit else None
+    if fitted is not None:
+        return [[(0, 0, steps, *t)] if t else [] for t in fitted]
+    tiles, costs = plan(offsets, rows, row_tiles, config)
     rounds, found = cuts(costs, steps, ctas, config)
-    got = dump(config, offsets, offsets[-1], row_tiles, ctas, steps)
     groups = config.rows if config.fit else 1  # of a row tile, as it is written down
-    for cta in range(ctas):
-        own = [(p, tiles[p.tile]) for p in pieces(cta, ctas, len(tiles), steps, rounds, found)]
-        assert [tuple(row[:8]) for row in got[cta]] == [(*p, *t._replace(row_tile=t.row_tile * groups)) for p, t in own]
+    own = [pieces(cta, ctas, len(tiles), steps, rounds, found) for cta in range(ctas)]
+    return [[(*p, *tiles[p.tile]._replace(row_tile=tiles[p.tile].row_tile * groups)) for p in o] for o in own]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [pytest.param(i, marks=pytest.mark.long if i >= 4 else ()) for i in range(12)])
+@pytest.mark.parametrize("config", GROUPED_SHIPPED, ids=lambda c: c.name)
+def test_random_mixtures(config: GroupedConfig, seed: int) -> None:
+    """Experts on both sides of a warp's lanes; counts of none, of few, on and beside whole tiles; offsets that are wrong."""
+    rng = np.random.default_rng(1000 + seed)
+    experts = int(rng.choice([1, 2, 7, 8, 9, 31, 32, 33, 64, 100, 160, config.max_experts]))
+    edges = config.tokens * rng.integers(1, 4, experts) + rng.integers(-1, 2, experts)
+    kinds = [np.zeros(experts, int), rng.integers(0, 9, experts), rng.integers(0, 3 * config.tokens, experts), edges]
+    counts = np.choose(rng.choice(4, experts, p=rng.dirichlet([1, 1, 1, 1])), kinds)
+    offsets = [0, *itertools.accumulate(int(c) for c in counts)]
+    rows = offsets[-1] + int(rng.integers(0, 3))
+    if seed % 4 == 3:
+        offsets[int(rng.integers(0, experts + 1))] += int(rng.integers(-500, 500))
+    row_tiles, ctas, steps = (int(rng.integers(1, most)) for most in (6, 12, 20))
+    got = dump(config, offsets, rows, row_tiles, ctas, steps)
+    for own, want in zip(got, expected(config, offsets, rows, row_tiles, ctas, steps), strict=True):
+        assert [tuple(row[: len(w)]) for row, w in zip(own, want, strict=True)] == want
 
 
 def dump(config: GroupedConfig, offsets: list[int], rows: int, row_tiles: int, ctas: int, steps: int) -> list[list[list[int]]]:
