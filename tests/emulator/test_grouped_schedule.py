@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import struct
-import subprocess
-import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -14,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from emulator.dsl import compile_for_hopper
 from glu4.backends.hopper.grouped_config import GROUPED_SHIPPED, GroupedConfig
 from glu4.emulator.launch import emulate, load
 from grouped_twin import cuts, fit, pieces, plan
@@ -24,18 +22,10 @@ WHOLE, FIT = (GroupedConfig(32, 3, 8, 8, 2, least=2, share=160, fit=fits) for fi
 
 @cache
 def ptx(config: GroupedConfig) -> str:
-    if importlib.util.find_spec("cutlass") is None:
-        pytest.skip("needs CuTe DSL to compile the Hopper kernels")
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "schedule.ptx")
-        environment = {
-            "CUTE_DSL_ARCH": "sm_90a",
-            "CUTE_DSL_DISABLE_FILE_CACHING": "1",
-            "PATH": "/usr/bin:/bin",
-            "HOME": scratch,
-        }
-        command = [sys.executable, str(Path(__file__).with_name("grouped_schedule_dump.py")), repr(config), str(path)]
-        subprocess.run(command, check=True, env=environment, timeout=300)
+        program = Path(__file__).with_name("grouped_schedule_dump.py")
+        compile_for_hopper([str(program), repr(config), str(path)], scratch, 300)
         return path.read_text()
 
 

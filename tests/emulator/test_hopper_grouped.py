@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import struct
-import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from functools import cache
@@ -17,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from emulator.dsl import compile_for_hopper
 from glu4.activation import SILU
 from glu4.backends.hopper.grouped_config import GROUPED_SHIPPED, MAX_EXPERTS, GroupedConfig
 from glu4.backends.hopper.pack import UNIT_WORDS, pack_gated
@@ -58,18 +56,10 @@ Path(sys.argv[1]).write_text(made.artifacts.PTX)
 @cache
 def ptx(config: GroupedConfig, old: str = "", new: str = "", dual: bool = True) -> str:
     """PTX of the kernel of gate and up, or of one matrix, with a fault planted in its source."""
-    if importlib.util.find_spec("cutlass") is None:
-        pytest.skip("needs CuTe DSL to compile the Hopper kernels")
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "kernel.ptx")
-        environment = {
-            "CUTE_DSL_ARCH": "sm_90a",
-            "CUTE_DSL_DISABLE_FILE_CACHING": "1",
-            "PATH": "/usr/bin:/bin",
-            "HOME": scratch,
-        }
-        command = [sys.executable, "-c", COMPILE, str(path), repr(config), old, new, "dual" if dual else "single"]
-        subprocess.run(command, check=True, env=environment, timeout=400)
+        arguments = ["-c", COMPILE, str(path), repr(config), old, new, "dual" if dual else "single"]
+        compile_for_hopper(arguments, scratch, 400)
         return path.read_text()
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import struct
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from emulator.dsl import compile_for_hopper
 from emulator.runner import kinds
 from glu4 import IDENTITY
 from glu4.backends.hopper.config import DECODE_THREADS, DECODE_WORDS, SHIPPED, Config
@@ -39,18 +37,10 @@ Edit = tuple[str, str, str]  # module of glu4.backends.hopper, what its source h
 @cache
 def ptx_of(*jobs: tuple[Spec, tuple[Edit, ...]]) -> tuple[str, ...]:
     """PTX of kernels, with faults planted in their sources."""
-    if importlib.util.find_spec("cutlass") is None:
-        pytest.skip("needs CuTe DSL to compile the Hopper kernels")
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "jobs.json")
         path.write_text(json.dumps([{"spec": spec.to_dict(), "edits": edits} for spec, edits in jobs]))
-        environment = {
-            "CUTE_DSL_ARCH": "sm_90a",
-            "CUTE_DSL_DISABLE_FILE_CACHING": "1",
-            "PATH": "/usr/bin:/bin",
-            "HOME": scratch,
-        }
-        subprocess.run([sys.executable, str(COMPILER), str(path), scratch], check=True, env=environment, timeout=240)
+        compile_for_hopper([str(COMPILER), str(path), scratch], scratch, 240)
         return tuple(Path(scratch, f"{i}.ptx").read_text() for i in range(len(jobs)))
 
 
