@@ -83,7 +83,8 @@ def _stacked(parts: Sequence[NVFP4Tensor], scale: Tensor) -> NVFP4Tensor:
 def outline(n: int, k: int, global_scale: Tensor) -> NVFP4Tensor:
     """A matrix `[N, K]`, or a stack of as many as there are global scales, with a shape and a device but no memory: what
     validation looks at when only the packed form is kept."""
-    byte = torch.zeros(1, 1, dtype=torch.uint8, device=global_scale.device)
+    # not zeros: filling one byte is a launch, and calls on packed weights make an outline each
+    byte = torch.empty(1, 1, dtype=torch.uint8, device=global_scale.device)
     codes, scales = (*global_scale.shape, n, k // 2), (*global_scale.shape, n, k // BLOCK)
     return _unchecked(byte.expand(codes), byte.view(torch.float8_e4m3fn).expand(scales), global_scale)
 
