@@ -1,12 +1,12 @@
 """Correctness, then times, of several configurations of the grouped Hopper kernel on one GPU.
 
     python benchmarks/grouped_trials.py --compile DIRECTORY                  # with CuTe DSL, no GPU
-    python benchmarks/grouped_trials.py --kernels DIRECTORY --output FILE    # on a Hopper GPU; CuTe DSL is not needed
+    python benchmarks/grouped_trials.py --kernels DIRECTORY ... --output FILE    # on a Hopper GPU; CuTe DSL is not needed
 
-Kernels are found by name, whatever sources they were made from: a trial may carry kernels of sources that are not here.
-W4A16, fp16, random codes and scales; each expert's gate and up have global scales of their own. Times: CUDA graph over copies
-that leave L2 cold, about 8 ms a replay, median and minimum over replays. Peers in bf16: torch._grouped_mm and a loop of matrix
-products, silu and multiply by torch.
+Kernels are found by name, whatever sources they were made from: a trial may carry kernels of sources that are not here, and
+those of several directories are compared in turns. W4A16, fp16, random codes and scales; each expert's gate and up have global
+scales of their own. Times: CUDA graph over copies of weights and tokens that leave L2 cold, about 8 ms a replay, median and
+minimum over replays. Peers in bf16: torch._grouped_mm and a loop of matrix products, silu and multiply by torch.
 """
 
 from __future__ import annotations
@@ -95,18 +95,18 @@ class Operands:
             self.weights.append(NVFP4Tensor(codes, scales.view(torch.float8_e4m3fn), own))
         self.packed = pack(tuple(self.weights))
 
-    def copies(self) -> list[Tensor]:
-        """Packed weights that leave none of one in L2 when its turn comes again."""
+    def copies(self) -> list[tuple[Tensor, Tensor]]:
+        """Packed weights and x that leave none of one in L2 when its turn comes again."""
         buffer = self.packed.untyped_storage()
-        count = max(2, -(-COLD_BYTES // buffer.nbytes()))
+        count = max(2, -(-COLD_BYTES // (buffer.nbytes() + self.x.nbytes)))
         whole = torch.empty(0, dtype=torch.int32, device="cuda").set_(buffer)
-        return [self.packed, *(whole.clone()[: self.packed.numel()].view(self.packed.shape) for _ in range(count - 1))]
+        more = [whole.clone()[: self.packed.numel()].view(self.packed.shape) for _ in range(count - 1)]
+        return [(self.packed, self.x), *((w, self.x.clone()) for w in more)]
 
-    def run(self, kernel: Any, out: Tensor, packed: Tensor | None = None) -> None:
+    def run(self, kernel: Any, out: Tensor, held: tuple[Tensor, Tensor] | None = None) -> None:
         scales = (self.weights[0].global_scale, self.weights[1].global_scale)
-        submit(
-            *kernel, 0, self.x, self.packed if packed is None else packed, self.offsets, scales, None, (None, None), SILU, out
-        )
+        packed, x = held or (self.packed, self.x)
+        submit(*kernel, 0, x, packed, self.offsets, scales, None, (None, None), SILU, out)
 
     def poisoned(self) -> Tensor:
         return torch.full((self.x.shape[0], self.n), SENTINEL, dtype=torch.int16, device="cuda").view(torch.float16)
@@ -213,7 +213,8 @@ def peers(data: Operands) -> dict[str, list[Callable[[], object]]]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--compile", type=Path)
-    parser.add_argument("--kernels", type=Path)
+    parser.add_argument("--kernels", type=Path, nargs="+")
+    parser.add_argument("--turns", type=int, default=1, help="of each kernel in each case")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--only", default="", help="cases whose names hold this")
     parser.add_argument("--config", default="", help="one configuration, by name")
@@ -225,7 +226,12 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.zeros(1, device="cuda")  # kernels load into its context
     chosen = [s for s in SPECS if options.config in ("", s.config.name)]
-    kernels = {s.config.name: k for s in chosen if (k := load_kernel(options.kernels, s)) is not None}
+    several = len(options.kernels) > 1
+    kernels = {
+        (f"{directory.name} " if several else "") + s.config.name: k
+        for s, directory in itertools.product(chosen, options.kernels)
+        if (k := load_kernel(directory, s)) is not None
+    }
     print("kernels", list(kernels), flush=True)
     rows: list[dict[str, Any]] = []
     broken: set[str] = set()
@@ -241,7 +247,7 @@ def main() -> None:
     for shape in (s for s in CASES if options.only in s.case):
         begin = time.time()
         data = Operands(shape.drawn(0), shape.n, shape.k)
-        expected, packed, outs = data.reference(), data.copies(), data.poisoned()
+        expected, copies, outs = data.reference(), data.copies(), data.poisoned()
         for name, kernel in kernels.items():
             try:
                 reason = "skipped" if name in broken else wrong(data, kernel, expected)
@@ -249,11 +255,13 @@ def main() -> None:
                 print("FAILED", shape.case, name, flush=True)  # which leaves the process no device
                 raise
             row = {"case": shape.case, "config": name, "wrong": reason}
-            if not reason:
-                calls = [partial(data.run, kernel, outs, w) for w in packed]
-                row["us"], row["us_min"] = timed(calls)
             rows.append(row)
-        del packed
+        ready = [(row, kernels[row["config"]]) for row in rows if row["case"] == shape.case and not row["wrong"]]
+        for row, kernel in ready * options.turns:
+            us, us_min = timed([partial(data.run, kernel, outs, held) for held in copies])
+            row.setdefault("turns", []).append(us)
+            row["us"], row["us_min"] = statistics.median(row["turns"]), min(us_min, row.get("us_min", us_min))
+        del copies
         if not options.no_peers:
             for name, calls in peers(data).items():
                 try:
