@@ -182,9 +182,11 @@ def _run_grouped_dual_gemm(
         if packed is None:
             assert matrices is not None
             dispatch.warn_once(_PACKED_EACH_CALL)
-            packed = pack(matrices)
-        biases = (gate_bias, up_bias)
-        grouped_launch.grouped(out, operand, _whole(packed), group_offsets, scales, biases, act, problem, order=order)
+            ready = pack(matrices)
+        else:
+            ready = _whole(packed)
+        biases, overlap = (gate_bias, up_bias), ready is packed
+        grouped_launch.grouped(out, operand, ready, group_offsets, scales, biases, act, problem, order=order, overlap=overlap)
         return
     if matrices is None:
         assert packed is not None
@@ -223,10 +225,12 @@ def _run_grouped_linear(
         if packed is None:
             assert matrix is not None
             dispatch.warn_once(_PACKED_EACH_CALL)
-            packed = pack((matrix,))
+            ready = pack((matrix,))
+        else:
+            ready = _whole(packed)
         # a kernel for one matrix gives each half of its rows a scale and a bias
-        scales, biases = (scale, scale), (bias, bias)
-        grouped_launch.grouped(out, operand, _whole(packed), group_offsets, scales, biases, SILU, problem)
+        scales, biases, overlap = (scale, scale), (bias, bias), ready is packed
+        grouped_launch.grouped(out, operand, ready, group_offsets, scales, biases, SILU, problem, overlap=overlap)
         return
     if matrix is None:
         assert packed is not None

@@ -55,10 +55,9 @@ class Dump:
         plan = shared.plan.get_tensor(cute.make_layout(PLAN_WORDS))
         scratch = shared.scratch.get_tensor(cute.make_layout((c.notes, c.threads // 32)))
         experts = offsets.shape[0] - 1
-        self.schedule.compute(offsets, rows, starts, costs, order, bounds, scratch, thread)
-        if cutlass.const_expr(c.fit):
-            self.schedule.fit(bounds, plan, experts, row_tiles * c.rows, steps, thread)
-        self.schedule.divide(starts, costs, order, plan, experts, row_tiles, steps, thread)
+        outputs = row_tiles * c.rows
+        own = self.schedule.read(offsets, thread)
+        self.schedule.fill(own, experts, rows, starts, costs, order, bounds, plan, scratch, outputs, row_tiles, steps, thread)
         if thread < 32:
             for turn in cutlass.range(self.schedule.turns(plan), unroll=1):
                 tile, first, end = self.schedule.piece(plan, turn, steps)

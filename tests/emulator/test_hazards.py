@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from emulator.mutations.kernels import kernel
 from emulator.runner import kinds, run
 from emulator.test_divergence import SCHEDULES
 from glu4.emulator.errors import LaunchError
-from glu4.emulator.launch import emulate
+from glu4.emulator.launch import Result, emulate
 
 EVERY = pytest.mark.parametrize(("name", "seed"), SCHEDULES)
 SETUP = """.shared .align 128 .b8 room[256]; .shared .align 8 .b64 bar; .reg .b32 %t, %x, %s, %b, %y; .reg .b64 %at; .reg .pred %one, %p, %other;
@@ -66,6 +68,32 @@ def test_the_grid_in_front(name: str, seed: int) -> None:
         assert found(access, "", []) == []
         assert found(access, "", ["a"]) == ["data race"]
     assert found("", load + store, ["a"]) == []
+
+
+@EVERY
+def test_values_of_the_grid_in_front_come_with_the_wait(name: str, seed: int) -> None:
+    body = ".reg .b32 %t, %x, %y; .reg .b64 %at; mov.u32 %t, %tid.x; mul.wide.u32 %at, %t, 4; add.u64 %at, %at, %a; LOAD %x, [%at]; griddepcontrol.wait; LOAD %y, [%at]; shl.b32 %x, %x, 16; or.b32 %x, %x, %y; st.global.b32 [%at], %x;"
+    old, new = np.arange(32, dtype=np.uint32), np.arange(32, dtype=np.uint32) + 100
+
+    def found(load: str, **options: Any) -> Result:
+        return run(
+            body.replace("LOAD", load), {"a": new}, launch={"dependent": ["a"]}, schedule_name=name, seed=seed, **options
+        )
+
+    for load in ("ld.relaxed.gpu.global.b32", "ld.volatile.global.b32"):
+        seen = found(load, before={"a": old})
+        assert kinds(seen) == []
+        assert (seen.buffers["a"] == old << 16 | new).all()
+        assert (found(load).buffers["a"] == new << 16 | new).all()
+    assert kinds(found("ld.global.b32", before={"a": old})) == ["data race"]
+
+
+def test_what_was_before_is_of_the_grid_in_front() -> None:
+    a = np.zeros(4, np.uint32)
+    with pytest.raises(LaunchError, match="before: 'a' is not among the buffers of the grid in front"):
+        run("ret;", {"a": a}, before={"a": a})
+    with pytest.raises(LaunchError, match=r"before: a is given as uint32 \[3\], and is uint32 \[4\]"):
+        run("ret;", {"a": a}, launch={"dependent": ["a"]}, before={"a": a[:3]})
 
 
 def test_an_output_of_the_grid_in_front_is_not_overwritten_early() -> None:

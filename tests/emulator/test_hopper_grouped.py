@@ -266,11 +266,65 @@ def test_one_set_of_fragments(rows: int) -> None:
             assert (result.buffers["c"] == two.buffers["c"]).all()
 
 
+# what lies where the offsets will be when the kernel looks before the one in front has ended
+EARLIER = {
+    "the same": [0, 3, 3, 12, 73],
+    "none": [0, 0, 0, 0, 0],
+    "another mixture": [0, 40, 41, 41, 73],
+    "more than there is": [0, 1 << 20, 1 << 21, 1 << 22, (1 << 31) - 1],
+    "no offsets at all": [-7, 60, -(1 << 31), 12, 5],
+}
+COUNTS = [3, 0, 9, 61]
+
+
+def looks(name: str, config: GroupedConfig) -> list[pytest.MarkDecorator]:
+    """One is quick, two are of CI."""
+    if (name, config) == ("another mixture", CONFIG):
+        return []
+    short = name in ("another mixture", "no offsets at all") and config in (CONFIG, FIT)
+    return [pytest.mark.slow] if short else [pytest.mark.slow, pytest.mark.long]
+
+
+@pytest.mark.parametrize(
+    ("earlier", "config"),
+    [pytest.param(n, c, marks=looks(n, c), id=f"{n}-{c.name}") for c in (CONFIG, FIT, *GROUPED_SHIPPED) for n in EARLIER],
+)
+def test_offsets_that_come_late(earlier: str, config: GroupedConfig) -> None:
+    """Copies that were started for other offsets are passed by; bits and alarms as if the right ones had been there."""
+    experts = Experts(COUNTS, 136, 640 if config in (CONFIG, FIT) else 144)
+    before = {"offsets": np.array(EARLIER[earlier], np.int32)}
+    for ctas, schedule, seed in ((13, "eager", 0), (3, "random", 1)):
+        result = experts.run(ptx(config), config, ctas=ctas, schedule=schedule, seed=seed, before=before)
+        assert result.report.clean, str(result.report)
+        assert experts.wrong(result) == []
+
+
+LATE_FAULTS = {
+    "the first look is never doubted": ("        return plan[_STALE] == 1, now\n", "        return plan[_STALE] == 2, now\n"),
+    "copies of no tile are multiplied": (
+        "                if stale:  # what is on",
+        "                if ahead < 0:  # what is on",
+    ),
+    "copies of no tile are counted": ("sent = Int32(0) if stale else ahead", "sent = ahead"),
+    "the second look is the first": ("self.read(offsets, thread)\n        if (now", "own\n        if (now"),
+    "one of two offsets is compared": (" | (now[1] != own[1])", ""),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [pytest.param(f, marks=pytest.mark.long if i else ()) for i, f in enumerate(LATE_FAULTS)])
+def test_planted_faults_in_looking_early_are_found(fault: str) -> None:
+    experts, before = Experts(COUNTS, 136, 640), [0, 3, 3, 12, 70]
+    options = {"ctas": 13, "max_instructions": MOST, "before": {"offsets": np.array(before, np.int32)}}
+    result = experts.run(ptx(CONFIG, *LATE_FAULTS[fault]), CONFIG, **options)
+    assert not result.report.clean or experts.wrong(result)
+
+
 FIT_FAULTS = {
     "bytes of an idle row group": ("groups * (g.weight_bytes // c.rows)", "Int32(g.weight_bytes)"),
     "an idle row group releases nothing": (
-        "                            self.release(pipe, stage, lane)\n                            stage += 1\n",
-        "                            stage += 1\n",
+        "            self.release(pipe, stage, lane)\n            stage += 1\n",
+        "            stage += 1\n",
     ),
     "another tile's first row group": (
         "from_group, row_tile = row_tile, Int32(0)",

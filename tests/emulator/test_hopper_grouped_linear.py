@@ -117,7 +117,7 @@ COLUMNS = "        columns = [column, column + 8][:halves]\n"
 HALF = "                    column = columns[half]\n"
 SYNC = "                    cute.arch.sync_warp()  # all lanes have read what was staged before\n"
 FAULTS = {
-    "halves exchanged": ("words[halves * i + half]", "words[halves * i + 1 - half]"),
+    "halves exchanged": ("2 * w + in_warp // 8 % 2", "2 * w + 1 - in_warp // 8 % 2"),
     "both halves in one place": (COLUMNS, COLUMNS.replace("column + 8", "column")),
     "half of a tile's columns": ("column = row * self.outputs", "column = row * 32"),
     "columns beyond the last": ("if column + e < n:", "if column < n:"),

@@ -11,6 +11,7 @@ from torch import Tensor
 from glu4 import GatedWeights, LinearWeight, NVFP4Tensor, grouped_dual_gemm, grouped_linear, quantize
 from glu4.backends.hopper import grouped_launch
 from glu4.backends.hopper.grouped_config import GROUPED_SHIPPED, GroupedConfig
+from glu4.moe import sort_by_expert
 from glu4.verify.case import Case
 from glu4.verify.checker import check
 from gpu.harness import SENTINEL, Target
@@ -118,3 +119,34 @@ def test_one_graph_serves_every_routing(hopper: Target, operation: str, x_format
         out.copy_(call.out)
         graph.replay()
         assert call.wrong(out) == "", f"routing {routing}"
+
+
+@pytest.mark.parametrize("x_format", FORMATS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_offsets_that_the_kernel_in_front_writes(hopper: Target, operation: str, x_format: str) -> None:
+    """The kernel looks at the offsets before the sort in front of it has ended, and finds those of another routing there, for
+    memory is used again: launches on end, each of which must see its own."""
+    layer = Experts(operation, x_format, (37, 0, 61, 5, 100, 1), 1072, 1040)
+    experts, rows = layer.offsets.numel() - 1, layer.x.shape[0]
+    draw = torch.Generator().manual_seed(7)
+    choices = []
+    for i in range(24):
+        few = torch.randperm(experts, generator=draw)[: 1 + i % experts]
+        choices.append(few[torch.randint(0, few.numel(), (rows, 1), generator=draw)].int().cuda())
+    outs = [torch.zeros(rows, 1072, dtype=layer.dtype, device="cuda") for _ in range(2 * len(choices))]
+
+    for ids, out in zip(choices, outs, strict=False):
+        layer.offsets = sort_by_expert(ids, experts).group_offsets
+        torch.cuda.synchronize()
+        layer(out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for ids, out in zip(choices, outs[len(choices) :], strict=True):
+            layer.offsets = sort_by_expert(ids, experts).group_offsets
+            layer(out)
+    for _ in range(5):
+        for out in outs[len(choices) :]:
+            out.zero_()
+        graph.replay()
+        for alone, together in zip(outs, outs[len(choices) :], strict=False):
+            assert torch.equal(alone.view(torch.int16), together.view(torch.int16))

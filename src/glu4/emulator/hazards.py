@@ -263,8 +263,8 @@ class Monitor:
                     record.origin, address, lane, against)  # fmt: skip
 
     def _check_previous(self, record: _Record, clock: Clock, row: int, now: str) -> None:
-        """A record against the grid in front."""
-        if self._knows(record, PREVIOUS, clock, row):
+        """A record against the grid in front, which a strong read may look over the shoulder of: it finds old values or new."""
+        if self._knows(record, PREVIOUS, clock, row) or (now == "read" and record.flags & STRONG):
             return
         offset = int(_bytes(record)[0])
         self.report("data race", f"{now} of a buffer of the grid in front, with no griddepcontrol.wait before",

@@ -88,7 +88,7 @@ def load(text: str) -> Program:
 def emulate(kernel: str | Module | Program, launch: Mapping[str, Any], buffers: Mapping[str, Any] | None = None, *,
             schedule_name: str = "eager", seed: int = 0, hazards: bool = True, max_instructions: int = 200_000_000,
             time_limit: float | None = None, memory_limit: int = MEMORY_LIMIT, resident: int = 4,
-            record: bool = False) -> Result:  # fmt: skip
+            record: bool = False, before: Mapping[str, Any] | None = None) -> Result:  # fmt: skip
     """Run one launch.
 
     launch: {"entry", "grid", "block", "cluster", "dynamic_smem", "buffers", "params", "ctas", "dependent"}, whose fields
@@ -98,7 +98,8 @@ def emulate(kernel: str | Module | Program, launch: Mapping[str, Any], buffers: 
     hazards: False tracks no accesses, which is faster. max_instructions: of warps; time_limit: seconds; a run that reaches one
     of them ends with a "time limit" hazard. memory_limit: bytes, for what the launch describes (more is a LaunchError) and for
     the record of accesses (a "memory limit" hazard). resident: clusters that run at a time. record: keep what
-    glu4.emulator.timeline draws. Raises PtxError and LaunchError.
+    glu4.emulator.timeline draws. before: what buffers of `dependent` hold until the grid in front ends, which leaves `buffers`:
+    the first griddepcontrol.wait does that. Raises PtxError and LaunchError.
     """
     program = kernel if isinstance(kernel, Program) else Program(kernel) if isinstance(kernel, Module) else load(kernel)
     entry = read_entry(program, launch)
@@ -111,6 +112,10 @@ def emulate(kernel: str | Module | Program, launch: Mapping[str, Any], buffers: 
         blocks = {name: _place(machine, name, buffer) for name, buffer in described.items()}
         for block in dependent(launch, blocks):
             monitor.depends(block)
+        for name, earlier in _earlier(launch, described, before or {}).items():
+            written = blocks[name].data[: described[name].nbytes]
+            machine.written_in_front.append((blocks[name], written.copy()))
+            written[:] = earlier
         machine.set_params(parameters(entry, launch, blocks))
         recorder = machine.recorder = Recorder(machine) if record else None
         start = time.perf_counter()
@@ -122,6 +127,22 @@ def emulate(kernel: str | Module | Program, launch: Mapping[str, Any], buffers: 
     report = Report(schedule_name, seed, tuple(monitor.hazards.values()), machine.executed, seconds)
     outputs = {name: blocks[name].data[: b.nbytes].view(b.dtype).reshape(b.shape).copy() for name, b in described.items()}
     return Result(outputs, report, machine, recorder.finish() if recorder else None)
+
+
+def _earlier(
+    launch: Mapping[str, Any], described: Mapping[str, Buffer], before: Mapping[str, Any]
+) -> dict[str, NDArray[np.uint8]]:
+    """The bytes of buffers until the grid in front ends."""
+    found = {}
+    for name, buffer in read_buffers({}, before).items():
+        if name not in launch.get("dependent", ()):
+            raise LaunchError(f"before: {name!r} is not among the buffers of the grid in front, which `dependent` names")
+        wanted = described[name]
+        if (wanted.dtype, wanted.shape) != (buffer.dtype, buffer.shape):
+            raise LaunchError(f"before: {name} is given as {buffer}, and is {wanted}")
+        assert buffer.data is not None
+        found[name] = np.frombuffer(buffer.data.tobytes(), np.uint8)
+    return found
 
 
 def _place(machine: Machine, name: str, buffer: Buffer) -> Block:

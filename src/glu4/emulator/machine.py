@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from glu4.emulator.async_queue import AsyncQueue, Operation
 from glu4.emulator.clocks import KNOWN
@@ -63,6 +64,7 @@ class Machine:
         self.blocked: dict[Split, None] = {}
         self.locations: dict[Any, dict[int, Any]] = {}
         self.recorder: Recorder | None = None
+        self.written_in_front: list[tuple[Block, NDArray[np.uint8]]] = []  # by the grid in front, until it ends
         self.seconds: float | None = None
         self.deadline = float("inf")
         self.max_records = 1 << 62
@@ -85,6 +87,12 @@ class Machine:
         self._place_variables()
         self._waiting: Iterator[tuple[int, Triple]] = self._clusters()
         self._more = True
+
+    def grid_in_front_ends(self) -> None:
+        """What the grid in front writes is there, for everyone and before any wait for it returns."""
+        while self.written_in_front:
+            block, data = self.written_in_front.pop()
+            block.data[: data.size] = data
 
     # memory
 

@@ -132,6 +132,22 @@ def _prepare(w: Any, *, free_original: bool) -> Any:
     return w.prepare("cpu", free_original=free_original)
 
 
+@pytest.mark.parametrize("dual", [True, False])
+def test_weights_that_this_call_packs_are_not_read_early(hopper: FakeCuda, dual: bool) -> None:
+    """A kernel starts its copies of weights before the one in front has ended: not where that one makes them."""
+    x, kept, bare = tokens(), _prepare(weights(), free_original=False), weights()
+    before = len(hopper.launches)
+    if dual:
+        grouped_dual_gemm(x, kept, offsets())
+        with pytest.warns(UserWarning, match="packed"):
+            grouped_dual_gemm(x, (bare.gate, bare.up), offsets())
+    else:
+        grouped_linear(x, _prepare(LinearWeight(stack(1)), free_original=False), offsets())
+        with pytest.warns(UserWarning, match="packed"):
+            grouped_linear(x, stack(1), offsets())
+    assert [6 in launched.attributes for launched in hopper.launches[before:]] == [True, False]
+
+
 def test_only_the_packed_form_is_kept_and_unpacks_to_the_same_values(hopper: FakeCuda) -> None:
     w = weights()
     gate = w.gate.dequantize(torch.float32)

@@ -109,15 +109,14 @@ class GroupedConfig:
         """Arrivals that fill a stage: of who announces its bytes, and with `gather` of every thread that copies tokens."""
         return 1 + self.gather * self.tile.stage_units * 32
 
-    @property
-    def staged_tokens(self) -> int:
-        """Tokens whose outputs a warp transposes at once."""
-        return min(32, self.tokens)
+    def staged_tokens(self, dual: bool) -> int:
+        """Tokens whose outputs a warpgroup transposes at once."""
+        return min(32 if dual else 16, self.tokens)
 
     @property
     def staging_bytes(self) -> int:
         """Shared memory of outputs on their way, beside the stages, which the next tile fills meanwhile."""
-        return self.rows * 4 * self.staged_tokens * 16
+        return self.rows * max(self.staged_tokens(True) * 64, self.staged_tokens(False) * 128)
 
     @property
     def notes(self) -> int:
@@ -126,7 +125,8 @@ class GroupedConfig:
 
     @property
     def _beside_stages(self) -> int:
-        return self.staging_bytes + 4 * (4 * self.max_experts + 3 + 5) + 256
+        kept = 4 * 4 * self.rows * 4  # what each warp keeps of its tile until it is done
+        return self.staging_bytes + kept + 4 * (4 * self.max_experts + 3 + 5) + 256
 
     @property
     def stages(self) -> int:

@@ -48,7 +48,8 @@ from glu4.backends.hopper.instructions import (
 )
 from glu4.backends.hopper.pack import UNIT_WORDS
 
-Int32, Int64, Uint32, Float32 = cutlass.Int32, cutlass.Int64, cutlass.Uint32, cutlass.Float32
+Boolean, Int32, Int64 = cutlass.Boolean, cutlass.Int32, cutlass.Int64
+Uint32, Float32 = cutlass.Uint32, cutlass.Float32
 
 
 class GroupedGemm(DualGemm):
@@ -109,6 +110,7 @@ class GroupedGemm(DualGemm):
             order: cute.struct.MemRange[Int32, g.max_experts]
             bounds: cute.struct.MemRange[Int32, g.max_experts + 1]
             plan: cute.struct.MemRange[Int32, PLAN_WORDS]
+            kept: cute.struct.Align[cute.struct.MemRange[Int32, 4 * 4 * c.rows], 16]
 
         self.shared = Shared
         self.kernel(
@@ -171,49 +173,54 @@ class GroupedGemm(DualGemm):
         notes = cute.make_tensor(
             cute.recast_ptr(shared.staging.data_ptr(), dtype=Int32), cute.make_layout((g.notes, g.threads // 32))
         )
-        # everything follows from the offsets, which the kernel before this one may write
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
         rows = cute.size(tokens_of) if cutlass.const_expr(g.gather) else x.shape[0]
         experts = weights.shape[0]
+        outputs = cute.ceil_div(out.shape[1], self.outputs)
         row_tiles = cute.ceil_div(out.shape[1], c.rows * self.outputs)
         steps = (weights.shape[2] + c.stage_units - 1) // c.stage_units
-        self.schedule.compute(offsets, rows, starts, costs, order, bounds, notes, thread)
-        if cutlass.const_expr(g.fit):
-            groups = cute.ceil_div(out.shape[1], self.outputs)
-            self.schedule.fit(bounds, plan, experts, groups, steps, thread)
-        self.schedule.divide(starts, costs, order, plan, experts, row_tiles, steps, thread)
+        # all follows from the offsets, which the kernel in front may write: what they are now is taken for what they will be,
+        # and once that kernel has ended all is done again if they have changed
+        self.schedule.assume(plan, thread)
+        own = self.schedule.read(offsets, thread)
+        ahead, stale, looks = Int32(0), Boolean(False), Int32(0)
+        while (looks == 0) | ((looks == 1) & stale):
+            self.schedule.fill(own, experts, rows, starts, costs, order, bounds, plan, notes, outputs, row_tiles, steps, thread)
+            if looks == 0:
+                tile, first_step = Int32(0), Int32(0)
+                if cutlass.const_expr(not g.gather):
+                    ahead, tile, first_step = self.schedule.ahead(plan, steps, g.stages)
+                    if (warp == 4 * c.consumers) & (ahead > 0):
+                        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, g.stages)
+                        at = self.located(starts, order, bounds, plan, experts, row_tiles, tile)
+                        self.send_weights(weights, s_weights, pipe, state, plan, at, first_step, first_step + ahead)
+                cute.arch.griddepcontrol_wait()
+                cute.arch.griddepcontrol_launch_dependents()
+                if cutlass.const_expr(not g.gather):
+                    for u in cutlass.range_constexpr(c.stage_units):
+                        if (warp == 4 * c.consumers + 1 + u) & (ahead > 0):
+                            state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, g.stages)
+                            at = self.located(starts, order, bounds, plan, experts, row_tiles, tile)
+                            s_boxes = shared.tokens.get_tensor(boxes.outer, swizzle=boxes.inner)
+                            self.send_tokens(load_x, x, s_boxes, pipe, state, at, first_step, first_step + ahead, u)
+                stale, own = self.schedule.changed(offsets, plan, own, thread)
+            looks += 1
         turns = self.schedule.turns(plan)
 
         if group == c.consumers:
             # ---- producers: weights, and tokens ----
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
-            state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, g.stages)
+            all_filled = ahead >= g.stages
+            state = pipeline.PipelineState(
+                g.stages, ahead, Int32(0) if all_filled else ahead, Int32(0) if all_filled else Int32(1)
+            )
+            sent = Int32(0) if stale else ahead  # of the first piece
             if warp == 4 * c.consumers:
                 for turn in cutlass.range(turns, unroll=1):
                     tile, first_step, end_step = self.schedule.piece(plan, turn, steps)
                     if first_step < end_step:
                         at = self.located(starts, order, bounds, plan, experts, row_tiles, tile)
-                        expert, row_tile, width = at[0], at[1], at[4]
-                        from_group = Int32(0)
-                        if cutlass.const_expr(g.fit):
-                            from_group, row_tile = row_tile, Int32(0)
-                        own = cute.make_tensor(
-                            weights[(expert, from_group, 0, None)].iterator,
-                            cute.make_layout((weights.shape[1] - from_group, *weights.shape[2:]), stride=weights.stride[1:]),
-                        )
-                        expected, groups = Int32(g.weight_bytes), None
-                        if cutlass.const_expr(g.fit):
-                            groups = self.schedule.groups(plan)
-                            expected = groups * (g.weight_bytes // c.rows)
-                        if cutlass.const_expr(not g.gather):
-                            expected += c.stage_units * self.boxes(width) * g.box_bytes
-                        for k in cutlass.range(first_step, end_step, unroll=1):
-                            pipe.sync_object_empty.wait(state.index, state.phase)
-                            with cute.arch.elect_one():
-                                cute.arch.mbarrier_arrive_and_expect_tx(pipe.producer_get_barrier(state), expected)
-                            self.load_weights(own, s_weights, pipe, state, row_tile, k, groups)
-                            state.advance()
+                        state = self.send_weights(weights, s_weights, pipe, state, plan, at, first_step + sent, end_step)
+                        sent = Int32(0)
                 pipe.producer_tail(state)
             # a warp for each unit of a stage: one alone takes as long to issue copies as the products take
             for u in cutlass.range_constexpr(c.stage_units):
@@ -229,46 +236,37 @@ class GroupedGemm(DualGemm):
                         tile, first_step, end_step = self.schedule.piece(plan, turn, steps)
                         if first_step < end_step:
                             at = self.located(starts, order, bounds, plan, experts, row_tiles, tile)
-                            first, width = at[2], at[4]
-                            g_tokens = cute.local_tile(cute.domain_offset((first, 0), x), (g.box, TILE_K), (None, None))
-                            to_shared, from_global = cpasync.tma_partition(
-                                load_x, 0, cute.make_layout(1), cute.group_modes(s_boxes, 0, 2),
-                                cute.group_modes(g_tokens, 0, 2),
-                            )  # fmt: skip
-                            count = self.boxes(width)
-                            for k in cutlass.range(first_step, end_step, unroll=1):
-                                pipe.sync_object_empty.wait(state.index, state.phase)
-                                self.load_boxes(load_x, from_global, to_shared, pipe, state, k, u, count)
-                                state.advance()
+                            state = self.send_tokens(load_x, x, s_boxes, pipe, state, at, first_step + sent, end_step, u)
+                            sent = Int32(0)
         if group < c.consumers:
             # ---- consumers: one row group each ----
             cute.arch.setmaxregister_increase(g.consumer_registers)
             lane = thread % WARPGROUP
             tokens = shared.tokens.data_ptr().toint()
-            staging = shared.staging.data_ptr().toint() + (thread // 32) * g.staged_tokens * 16
+            staging = shared.staging.data_ptr().toint() + group * (g.staging_bytes // c.rows)
             cta, _, _ = cute.arch.block_idx()
             stage, phase = Int32(0), Int32(0)
+            if cutlass.const_expr(not g.gather):
+                if stale:  # what is on its way is of no tile
+                    stage, phase = self.pass_by(pipe, stage, phase, ahead, lane)
             for turn in cutlass.range(turns, unroll=1):
                 tile, first_step, end_step = self.schedule.piece(plan, turn, steps)
                 mine = first_step < end_step
                 if cutlass.const_expr(g.fit):
                     if group >= self.schedule.groups(plan):
                         mine = False
-                        for _ in cutlass.range(end_step - first_step, unroll=1):
-                            pipe.sync_object_full.wait(stage, phase)
-                            self.release(pipe, stage, lane)
-                            stage += 1
-                            if stage >= g.stages:
-                                stage = Int32(0)
-                                phase ^= 1
+                        stage, phase = self.pass_by(pipe, stage, phase, end_step - first_step, lane)
                 if mine:
                     at = self.located(starts, order, bounds, plan, experts, row_tiles, tile)
-                    width = at[4]
+                    width = cute.arch.make_warp_uniform(at[4])  # products branch by it
                     # the rest is not needed before the products are done, and registers are few
                     note = cute.make_tensor(
-                        cute.make_ptr(Int32, staging, cute.AddressSpace.smem, assumed_align=16), cute.make_layout(4)
+                        cute.make_ptr(
+                            Int32, shared.kept.data_ptr().toint() + warp * 16, cute.AddressSpace.smem, assumed_align=16
+                        ),
+                        cute.make_layout(4),
                     )
-                    cute.arch.sync_warp()  # all lanes have read what was staged before
+                    cute.arch.sync_warp()  # all lanes have read that of the tile before
                     if lane % 32 == 0:
                         for i in cutlass.range_constexpr(4):
                             note[i] = at[i]
@@ -305,7 +303,7 @@ class GroupedGemm(DualGemm):
                         up_factors = self.scales(up_scale[expert], x_scale, flags)
                         self.finish(
                             width, sums, gate_factors, up_factors, own_gate, own_up, flags, alpha, beta, limit, own_out,
-                            staging, first, (row_tile if g.fit else row_tile * c.rows) + group, lane,
+                            staging, first, (row_tile if g.fit else row_tile * c.rows) + group, group, lane,
                         )  # fmt: skip
 
     @cute.jit
@@ -355,7 +353,61 @@ class GroupedGemm(DualGemm):
         arriving = Int32(1) if condition & (lane % 32 == 0) else Int32(0)
         arrive_if(pipe.sync_object_empty.get_barrier(stage).toint(), arriving)
 
+    @cute.jit
+    def pass_by(self, pipe, stage, phase, count, lane):
+        """Release `count` stages unread; (stage, phase) after them."""
+        for _ in cutlass.range(count, unroll=1):
+            pipe.sync_object_full.wait(stage, phase)
+            self.release(pipe, stage, lane)
+            stage += 1
+            if stage >= self.grouped.stages:
+                stage = Int32(0)
+                phase ^= 1
+        return stage, phase
+
     # ---- copies ----
+
+    @cute.jit
+    def send_weights(self, weights, s_weights, pipe, state, plan, at, first_step, end_step):
+        """Announce steps of the tile at `at`, and start the copies of its weights; the state after them."""
+        g, c = self.grouped, self.config
+        expert, row_tile, width = at[0], at[1], at[4]
+        from_group = Int32(0)
+        if cutlass.const_expr(g.fit):
+            from_group, row_tile = row_tile, Int32(0)
+        own = cute.make_tensor(
+            weights[(expert, from_group, 0, None)].iterator,
+            cute.make_layout((weights.shape[1] - from_group, *weights.shape[2:]), stride=weights.stride[1:]),
+        )
+        expected, groups = Int32(g.weight_bytes), None
+        if cutlass.const_expr(g.fit):
+            groups = self.schedule.groups(plan)
+            expected = groups * (g.weight_bytes // c.rows)
+        if cutlass.const_expr(not g.gather):
+            expected += c.stage_units * self.boxes(width) * g.box_bytes
+        for k in cutlass.range(first_step, end_step, unroll=1):
+            pipe.sync_object_empty.wait(state.index, state.phase)
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(pipe.producer_get_barrier(state), expected)
+            self.load_weights(own, s_weights, pipe, state, row_tile, k, groups)
+            state.advance()
+        return state
+
+    @cute.jit
+    def send_tokens(self, load_x, x, s_boxes, pipe, state, at, first_step, end_step, unit: cutlass.Constexpr):
+        """Start the copies of a tile's tokens, of one unit of each step; the state after them."""
+        g = self.grouped
+        first, width = at[2], at[4]
+        g_tokens = cute.local_tile(cute.domain_offset((first, 0), x), (g.box, TILE_K), (None, None))
+        to_shared, from_global = cpasync.tma_partition(
+            load_x, 0, cute.make_layout(1), cute.group_modes(s_boxes, 0, 2), cute.group_modes(g_tokens, 0, 2)
+        )
+        count = self.boxes(width)
+        for k in cutlass.range(first_step, end_step, unroll=1):
+            pipe.sync_object_empty.wait(state.index, state.phase)
+            self.load_boxes(load_x, from_global, to_shared, pipe, state, k, unit, count)
+            state.advance()
+        return state
 
     @cute.jit
     def boxes(self, width):
@@ -472,18 +524,29 @@ class GroupedGemm(DualGemm):
     @cute.jit
     def finish(
         self, width, sums, gate_factors, up_factors, gate_bias, up_bias, flags, alpha, beta, limit, out, staging, first, row,
-        lane,
+        group, lane,
     ):  # fmt: skip
-        """Outputs of one warpgroup's tile, a few tokens at a time, each warp for itself: its 16 packed rows are 8 outputs,
-        which are 16 bytes of a token, or of one matrix 16, half after half."""
-        halves = cutlass.const_expr(1 if self.dual else 2)
-        staged = cutlass.const_expr(self.grouped.staged_tokens)
-        in_warp = lane % 32
+        """Outputs of one warpgroup's tile, a few tokens at a time, through shared memory, so that all of a token's are stored
+        side by side: 16 bytes of each by itself would take L2 longer than the formula takes here.
+
+        A token's outputs are staged in `chunks` of 16 bytes, of which exclusive or with the token's number makes the places in
+        128 bytes, which eight lanes write or read at once, distinct.
+        """
+        staged = cutlass.const_expr(self.grouped.staged_tokens(self.dual))
+        chunks = cutlass.const_expr(self.outputs // 8)
+        w, in_warp = lane // 32, lane % 32
         tokens, n = out.shape
-        column = row * self.outputs + lane // 32 * (8 * halves)
-        columns = [column, column + 8][:halves]
         start = out.iterator.toint()
-        aligned = [(((start | (Int64(out.stride[0]) * 2)) & 15) == 0) & (first + 8 <= n) for first in columns]
+        # this lane's row of a matrix of 8 tokens by 8 columns; of one matrix's outputs two of them lie side by side
+        if cutlass.const_expr(self.dual):
+            row_of, written = in_warp % staged, w
+        else:
+            row_of, written = (in_warp // 16 * 8 + in_warp % 8) % staged, 2 * w + in_warp // 8 % 2
+        target = staging + self.staged(row_of, written)
+        token_of, chunk = lane // chunks, lane % chunks
+        source = staging + self.staged(token_of, chunk)
+        column = row * self.outputs + chunk * 8
+        aligned = (((start | (Int64(out.stride[0]) * 2)) & 15) == 0) & (column + 8 <= n)
         for token in cutlass.range_constexpr(0, self.config.tokens, staged):
             if token < width:
                 values = self.epilogue(
@@ -491,20 +554,24 @@ class GroupedGemm(DualGemm):
                     token // 8, staged // 8,
                 )  # fmt: skip
                 words = cute.recast_tensor(values, Uint32)
-                for half in cutlass.range_constexpr(halves):
-                    column = columns[half]
-                    cute.arch.sync_warp()  # all lanes have read what was staged before
-                    store_transposed(staging + in_warp % staged * 16, *[words[halves * i + half] for i in range(staged // 8)])
-                    cute.arch.sync_warp()
-                    at = first + token + in_warp
-                    if (in_warp < staged) & (at < tokens) & (column < n):
-                        there = cute.make_ptr(Uint32, staging + in_warp * 16, cute.AddressSpace.smem, assumed_align=16)
-                        four = cute.make_rmem_tensor((4,), Uint32)
-                        cute.autovec_copy(cute.make_tensor(there, cute.make_layout(4)), four)
-                        if aligned[half]:
-                            store_16_bytes(start + (Int64(at) * Int64(out.stride[0]) + column) * 2, four)
-                        else:
-                            elements = cute.recast_tensor(four, self.out_type)
-                            for e in cutlass.range_constexpr(8):
-                                if column + e < n:
-                                    out[at, column + e] = elements[e]
+                cute.arch.barrier(barrier_id=2 + group, number_of_threads=WARPGROUP)  # what was staged before has been read
+                store_transposed(target, *[words[i] for i in range(cute.size(words))])
+                cute.arch.barrier(barrier_id=2 + group, number_of_threads=WARPGROUP)
+                at = first + token + token_of
+                if (token_of < staged) & (at < tokens) & (column < n):
+                    there = cute.make_ptr(Uint32, source, cute.AddressSpace.smem, assumed_align=16)
+                    four = cute.make_rmem_tensor((4,), Uint32)
+                    cute.autovec_copy(cute.make_tensor(there, cute.make_layout(4)), four)
+                    if aligned:
+                        store_16_bytes(start + (Int64(at) * Int64(out.stride[0]) + column) * 2, four)
+                    else:
+                        elements = cute.recast_tensor(four, self.out_type)
+                        for e in cutlass.range_constexpr(8):
+                            if column + e < n:
+                                out[at, column + e] = elements[e]
+
+    @cute.jit
+    def staged(self, token, chunk):
+        """Bytes from where outputs are staged to 16 of a token."""
+        chunks = cutlass.const_expr(self.outputs // 8)
+        return token * (chunks * 16) + (chunk ^ token // (8 // chunks) % chunks) * 16

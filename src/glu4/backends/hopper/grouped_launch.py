@@ -94,6 +94,7 @@ def submit(
     activation: Activation,
     out: Tensor,
     order: Tensor | None = None,
+    overlap: bool = True,
 ) -> None:
     """One launch of the kernel of `config` on device `index`, in its current stream.
 
@@ -105,6 +106,7 @@ def submit(
     out      `[rows, N]`, rows dense; those from the last offset on are left as they are
     order    int64 `[T, top_k]`, dense, for a configuration that gathers: row r is row order[r] // top_k of x `[T, K]`, whose
              rows a tensor map could address (`tokens.row_stride`)
+    overlap  False when work just before in the stream writes `packed`: kernels may read weights before it is done
     """
     experts, tiles, units, _ = packed.shape
     rows, n = out.shape
@@ -140,7 +142,7 @@ def submit(
         experts, n, n, said, activation.alpha, activation.beta, activation.limit, out.data_ptr(), rows, n, out.stride(0),
         partials.data_ptr(), partials.numel(), flags.take(index, stream), ready, *tail,
     )  # fmt: skip
-    kernel.launch(index, stream, (ctas, 1, 1), matrix, params)
+    kernel.launch(index, stream, (ctas, 1, 1), matrix, params, overlap)
 
 
 def gather_of(problem: GroupedProblem) -> str:
@@ -188,18 +190,20 @@ def grouped(
     problem: GroupedProblem,
     config: GroupedConfig | None = None,
     order: Tensor | None = None,
+    overlap: bool = True,
 ) -> None:
     """Fill the rows of `out [rows, N]` before the last offset from x `[rows, K]`, sorted by expert; arguments as for `submit`.
 
     packed  of gate and up or, where the problem is a grouped_linear, of one matrix
     config  insists on one kernel, of sorted rows
     order   int64 `[T, top_k]`: x is `[T, K]`, and row r of the work is its row order[r] // top_k
+    overlap  False when work just before in the stream writes `packed`
     """
     if out.numel() == 0 or packed.shape[0] == 0:
         return
     if out.stride(-1) != 1:
         dense_out = out.clone(memory_format=torch.contiguous_format)  # rows of no expert keep what they hold
-        grouped(dense_out, x, packed, offsets, scales, biases, activation, problem, config, order)
+        grouped(dense_out, x, packed, offsets, scales, biases, activation, problem, config, order, overlap)
         out.copy_(dense_out)
         return
     index = out.get_device()
@@ -224,7 +228,10 @@ def grouped(
     assert isinstance(decoded, Tensor)
     float_scales = (scales[0].contiguous(), scales[1].contiguous())
     floats = (float32(biases[0]), float32(biases[1]))
-    submit(kernel, chosen, index, decoded, packed, offsets.contiguous(), float_scales, x_scale, floats, activation, out, order)
+    submit(
+        kernel, chosen, index, decoded, packed, offsets.contiguous(), float_scales, x_scale, floats, activation, out, order,
+        overlap,
+    )  # fmt: skip
 
 
 def _first(

@@ -15,15 +15,16 @@ import cutlass
 import cutlass.cute as cute
 
 from glu4.backends.hopper.grouped_config import FINISH_STEPS, FIT_EXPERTS, STEP_COST, GroupedConfig
+from glu4.backends.hopper.instructions import load_relaxed
 
-Int32, Uint32 = cutlass.Int32, cutlass.Uint32
+Int32, Int64, Uint32 = cutlass.Int32, cutlass.Int64, cutlass.Uint32
 
 _WARP, _BLOCK = 32, 16  # experts looked at in one step of a search: each 16th, then 16
 _SUMS = 1  # barrier of the warps that have experts
 # words of `plan`: rounds of whole tiles; where this CTA's part of the rest begins and ends: tile, step; tiles; whether all work
-# fits, and then this CTA's tile: expert, first row group, first token, end, width, row groups
-PLAN_WORDS = 13
-_FITS = 6
+# fits, and then this CTA's tile: expert, first row group, first token, end, width, row groups; whether the offsets have changed
+PLAN_WORDS = 14
+_TILES, _FITS, _FIT_WORDS, _STALE = 5, 6, 6, 13
 
 
 class Schedule:
@@ -35,17 +36,66 @@ class Schedule:
         self.config = config
 
     @cute.jit
-    def compute(self, offsets, rows, starts, costs, order, bounds, scratch, thread):
-        """Fill the arrays but for `plan`; one thread an expert. `scratch`: [notes, warps] words."""
-        lane, warp = thread % _WARP, cute.arch.make_warp_uniform(thread // _WARP)
+    def read(self, offsets, thread):
+        """(an expert's first offset, the next), as they are now: of expert `thread`, or of those that `fit` looks at."""
         experts = offsets.shape[0] - 1
+        expert = self.looked_at(thread, experts)
+        first, last = Int32(0), Int32(0)
+        if expert < experts:
+            address = offsets.iterator.toint() + expert.to(Int64) * 4
+            first, last = load_relaxed(address), load_relaxed(address + 4)
+        return first, last
+
+    @cute.jit
+    def looked_at(self, thread, experts):
+        """The expert whose offsets a thread reads."""
+        expert = Int32(thread)
+        if cutlass.const_expr(self.config.fit):
+            # the last warp fits: few experts, which are threads of the first
+            lane = thread - cutlass.const_expr(self.config.threads - _WARP)
+            expert = lane if (lane >= 0) & (experts <= FIT_EXPERTS) else expert
+        return expert
+
+    @cute.jit
+    def fill(self, own, experts, rows, starts, costs, order, bounds, plan, scratch, outputs, row_tiles, steps, thread):
+        """Fill all arrays; where tiles fit, `plan` says so and all is in it. All threads of the CTA, each with what `read` gave
+        it. `outputs`: row groups."""
+        if cutlass.const_expr(self.config.fit):
+            if thread >= cutlass.const_expr(self.config.threads - _WARP):
+                self.fit(own, experts, rows, plan, outputs, steps, thread % _WARP)
+        self.compute(own, experts, rows, starts, costs, order, bounds, scratch, thread)
+        if cutlass.const_expr(self.config.fit):
+            if plan[_FITS] == 0:
+                self.divide(starts, costs, order, plan, experts, row_tiles, steps, thread)
+        else:
+            self.divide(starts, costs, order, plan, experts, row_tiles, steps, thread)
+
+    @cute.jit
+    def assume(self, plan, thread):
+        """Begin with what `read` finds, before the kernel in front has ended, which may write offsets. Before `fill`."""
+        if thread == 0:
+            plan[_STALE] = 0
+
+    @cute.jit
+    def changed(self, offsets, plan, own, thread):
+        """(whether `read` finds anything else by now, what it finds). All threads of the CTA."""
+        now = self.read(offsets, thread)
+        if (now[0] != own[0]) | (now[1] != own[1]):
+            plan[_STALE] = 1
+        cute.arch.sync_threads()
+        return plan[_STALE] == 1, now
+
+    @cute.jit
+    def compute(self, own, experts, rows, starts, costs, order, bounds, scratch, thread):
+        """Fill the arrays but for `plan`; one thread an expert, which has its offsets. `scratch`: [notes, warps] words."""
+        lane, warp = thread % _WARP, cute.arch.make_warp_uniform(thread // _WARP)
         warps = (experts + (_WARP - 1)) // _WARP
         if warp < warps:
             there = thread < experts
             begin, count = Int32(0), Int32(0)
             if there:
-                begin = self.clamped(offsets[thread], rows)
-                end = self.clamped(offsets[thread + 1], rows)
+                begin = self.clamped(own[0], rows)
+                end = self.clamped(own[1], rows)
                 count = cutlass.max(end - begin, 0)
                 bounds[thread] = begin
                 if thread == experts - 1:
@@ -132,62 +182,72 @@ class Schedule:
     # ---- who does what ----
 
     @cute.jit
-    def fit(self, bounds, plan, experts, groups, steps, thread):
+    def fit(self, own, experts, rows, plan, groups, steps, lane):
         """Look for tiles of 2 and 3 row groups, one a CTA, of which none costs more than need be; fill `plan` where there are.
+        By a warp, which needs no other's work: it looks while `compute` goes on.
 
         Each lane has a limit of its own for what a tile may cost, which says how wide tiles may be; the lowest with which all
-        tiles find a CTA is taken.
+        tiles find a CTA is taken. Then each lane has an expert of its own.
         """
         cta, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
         c = self.config
-        step = cutlass.const_expr(-(-3 * (STEP_COST + c.tokens) // _WARP))
-        if thread < _WARP:
-            limit = (thread + 1) * step
+        mask, narrow, wide = Int32(0), Int32(1), Int32(1)
+        begin, count = Int32(0), Int32(0)
+        tall_tiles, low_tiles = (groups + 2) // 3, (groups + 1) // 2
+        if experts <= FIT_EXPERTS:
+            if lane < experts:
+                begin = self.clamped(own[0], rows)
+                count = cutlass.max(self.clamped(own[1], rows) - begin, 0)
+            limit = (lane + 1) * cutlass.const_expr(-(-3 * (STEP_COST + c.tokens) // _WARP))
             narrow = cutlass.min(limit // 3 - STEP_COST, c.tokens) // c.grain * c.grain
             wide = cutlass.min(limit // 2 - STEP_COST, c.tokens) // c.grain * c.grain
-            tall_tiles, low_tiles = (groups + 2) // 3, (groups + 1) // 2
             tiles = Int32(0)
-            if (narrow > 0) & (experts <= FIT_EXPERTS):
-                for e in cutlass.range(experts, unroll=1):
-                    low, tall = self.bands(bounds[e + 1] - bounds[e], narrow, wide, tall_tiles, low_tiles)
+            for e in cutlass.range(experts, unroll=1):
+                its_count = cute.arch.shuffle_sync(count, e)
+                if narrow > 0:
+                    low, tall = self.bands(its_count, narrow, wide, tall_tiles, low_tiles)
                     tiles += low * low_tiles + tall * tall_tiles
-            mask = cute.arch.vote_ballot_sync((narrow > 0) & (experts <= FIT_EXPERTS) & (tiles <= ctas))
-            if thread == 0:
-                plan[_FITS] = Int32(1) if mask != 0 else Int32(0)
-                for i in cutlass.range_constexpr(1, PLAN_WORDS - _FITS):
-                    plan[_FITS + i] = 0  # no tile
-            if mask != 0:
-                chosen = Int32(cute.arch.popc((mask & -mask) - 1))
-                narrow, wide = cute.arch.shuffle_sync(narrow, chosen), cute.arch.shuffle_sync(wide, chosen)
-                before = Int32(0)
-                for e in cutlass.range(experts, unroll=1):
-                    count = bounds[e + 1] - bounds[e]
-                    low, tall = self.bands(count, narrow, wide, tall_tiles, low_tiles)
-                    inside = cta - before
-                    before += low * low_tiles + tall * tall_tiles
-                    if (inside >= 0) & (cta < before):
-                        # tokens of low tiles come first
-                        of_low = cutlass.min(cutlass.max(count - tall * narrow + (c.grain - 1), 0) // c.grain * c.grain, count)
-                        is_low = inside < low * low_tiles
-                        inside = inside if is_low else inside - low * low_tiles
-                        bands = cutlass.max(low if is_low else tall, 1)
-                        begin, end = Int32(0) if is_low else of_low, of_low if is_low else count
-                        row_tile = Int32(Uint32(inside) // Uint32(bands))
-                        band = inside - row_tile * bands
-                        grains = (end - begin + (c.grain - 1)) // c.grain
-                        each = Int32(Uint32(grains) // Uint32(bands))
-                        more = grains - each * bands
-                        first = begin + (band * each + cutlass.min(band, more)) * c.grain
-                        width = (each + 1 if band < more else each) * c.grain
-                        if thread == 0:
-                            plan[_FITS + 1] = e
-                            plan[_FITS + 2] = row_tile * (2 if is_low else 3)
-                            plan[_FITS + 3] = bounds[e] + first
-                            plan[_FITS + 4] = bounds[e] + cutlass.min(first + width, end)
-                            plan[_FITS + 5] = width
-                            plan[_FITS + 6] = 2 if is_low else 3
-        cute.arch.sync_threads()
+            mask = Int32(cute.arch.vote_ballot_sync((narrow > 0) & (tiles <= ctas)))
+        if lane == 0:
+            plan[_FITS] = Int32(1) if mask != 0 else Int32(0)
+        if mask != 0:
+            chosen = Int32(cute.arch.popc((mask & -mask) - 1))
+            narrow, wide = cute.arch.shuffle_sync(narrow, chosen), cute.arch.shuffle_sync(wide, chosen)
+            low, tall = self.bands(count, narrow, wide, tall_tiles, low_tiles)
+            mine = low * low_tiles + tall * tall_tiles
+            until = mine
+            for i in cutlass.range_constexpr((FIT_EXPERTS - 1).bit_length()):
+                below = cute.arch.shuffle_sync_up(until, 1 << i, mask_and_clamp=0)
+                until = until + below if lane >= (1 << i) else until
+            inside = cta - (until - mine)
+            if lane == 0:
+                for i in cutlass.range_constexpr(_FITS):
+                    plan[i] = 1 if cutlass.const_expr(i == _TILES) else 0
+                for i in cutlass.range_constexpr(_FIT_WORDS):
+                    plan[_FITS + 1 + i] = 0  # no tile
+            cute.arch.sync_warp()
+            if (inside >= 0) & (inside < mine):
+                # tokens of low tiles come first
+                of_low = cutlass.min(cutlass.max(count - tall * narrow + (c.grain - 1), 0) // c.grain * c.grain, count)
+                is_low = inside < low * low_tiles
+                inside = inside if is_low else inside - low * low_tiles
+                bands = low if is_low else tall
+                first, end = Int32(0) if is_low else of_low, of_low if is_low else count
+                row_tile = Int32(Uint32(inside) // Uint32(bands))
+                band = inside - row_tile * bands
+                grains = (end - first + (c.grain - 1)) // c.grain
+                each = Int32(Uint32(grains) // Uint32(bands))
+                more = grains - each * bands
+                first += (band * each + cutlass.min(band, more)) * c.grain
+                width = (each + 1 if band < more else each) * c.grain
+                plan[4] = steps if width > 0 else 0
+                plan[_FITS + 1] = lane
+                plan[_FITS + 2] = row_tile * (2 if is_low else 3)
+                plan[_FITS + 3] = begin + first
+                plan[_FITS + 4] = begin + cutlass.min(first + width, end)
+                plan[_FITS + 5] = width
+                plan[_FITS + 6] = 2 if is_low else 3
 
     @cute.jit
     def bands(self, count, narrow, wide, tall_tiles, low_tiles):
@@ -207,20 +267,11 @@ class Schedule:
 
     @cute.jit
     def divide(self, starts, costs, order, plan, experts, row_tiles, steps, thread):
-        """Fill `plan`, unless `fit` has."""
+        """Fill `plan`. All threads, after `compute`."""
         cta, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
         warp = cute.arch.make_warp_uniform(thread // _WARP)
-        fits = plan[_FITS] if cutlass.const_expr(self.config.fit) else Int32(0)
-        if cutlass.const_expr(self.config.fit):
-            if (fits == 1) & (thread == 0):  # one whole tile, or none
-                plan[0] = 0
-                plan[1] = 0
-                plan[2] = 0
-                plan[3] = 0
-                plan[4] = steps if plan[_FITS + 5] > 0 else 0
-                plan[5] = 1
-        if (warp < 2) & (fits == 0):
+        if warp < 2:
             tiles = starts[experts] * row_tiles
             kept, from_tile, _, shared = self.rest(starts, costs, order, experts, row_tiles, ctas)
             tile, step, rounds = tiles, Int32(0), kept
@@ -233,7 +284,7 @@ class Schedule:
                 plan[2 + 2 * warp] = step
             if thread == 0:
                 plan[0] = rounds
-                plan[5] = tiles
+                plan[_TILES] = tiles
         cute.arch.sync_threads()
 
     @cute.jit
@@ -333,6 +384,14 @@ class Schedule:
         return block
 
     @cute.jit
+    def ahead(self, plan, steps, stages):
+        """(steps that can be on their way before any is taken, the tile that they are of, its first step)."""
+        tile, first, end = self.piece(plan, 0, steps)
+        if (first >= end) & (self.turns(plan) > 1):
+            tile, first, end = self.piece(plan, 1, steps)
+        return cutlass.min(cutlass.max(end - first, 0), stages), tile, first
+
+    @cute.jit
     def turns(self, plan):
         """Pieces of this CTA, the first of which may be empty."""
         return 1 + plan[0] + plan[3] - plan[1]
@@ -353,7 +412,7 @@ class Schedule:
         tile = to_tile if turn == 0 else tile
         first = from_step if (tile == from_tile) & ((turn == 0) | (turn > kept)) else Int32(0)
         end = to_step if turn == 0 else steps
-        return tile, first, end if tile < plan[5] else first
+        return tile, first, end if tile < plan[_TILES] else first
 
     @cute.jit
     def groups(self, plan):

@@ -182,3 +182,13 @@ def await_flag(address: Any, *, loc: Any = None, ip: Any = None) -> None:
         None, values, code, "l", has_side_effects=True, is_align_stack=False,
         asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
     )  # fmt: skip
+
+
+@dsl_user_op
+def load_relaxed(address: Any, *, loc: Any = None, ip: Any = None) -> Any:
+    """An int32 of global memory as it is now: past L1, and not what an earlier load of this thread found."""
+    result = llvm.inline_asm(
+        MlirType.i32(), [Int64(address).ir_value(loc=loc, ip=ip)], "ld.relaxed.gpu.global.b32 $0, [$1];", "=r,l",
+        has_side_effects=True, is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
+    )  # fmt: skip
+    return cutlass.Int32(result)

@@ -487,9 +487,14 @@ def _setmaxnreg(context: Context, mods: Modifiers) -> Step:
 def _griddepcontrol(context: Context, mods: Modifiers) -> Step:
     action = mods.choice(("launch_dependents", "wait"))
     context.operands(0)
-    if action == "wait":  # all of the grid in front is visible from here on (PTX ISA 9.7.13.13)
-        return lambda w: w.clock.know(PREVIOUS_GRID, 1)
-    return lambda w: None
+    if action == "launch_dependents":
+        return lambda w: None
+
+    def wait(w: Split) -> None:  # all of the grid in front is visible from here on (PTX ISA 9.7.13.13)
+        w.warp.cta.machine.grid_in_front_ends()
+        w.clock.know(PREVIOUS_GRID, 1)
+
+    return wait
 
 
 def _trap(context: Context, mods: Modifiers) -> Step:
