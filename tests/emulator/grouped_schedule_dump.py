@@ -59,7 +59,7 @@ class Dump:
         own = self.schedule.read(offsets, thread)
         self.schedule.fill(own, experts, rows, starts, costs, order, bounds, plan, scratch, outputs, row_tiles, steps, thread)
         if thread < 32:
-            for turn in cutlass.range(self.schedule.turns(plan), unroll=1):
+            for turn in cutlass.range(cutlass.min(self.schedule.turns(plan), out.shape[1]), unroll=1):
                 tile, first, end = self.schedule.piece(plan, turn, steps)
                 if first < end:
                     if cutlass.const_expr(c.fit):

@@ -114,7 +114,32 @@ def test_random_mixtures(config: GroupedConfig, seed: int) -> None:
 
 def dump(config: GroupedConfig, offsets: list[int], rows: int, row_tiles: int, ctas: int, steps: int) -> list[list[list[int]]]:
     """What each CTA computes, in order: tile, steps, expert, row tile or group, rows of x, width, row groups."""
-    turns = 2 * -(-len(plan(offsets, rows, row_tiles, config)[0]) // ctas) + 4
+    return written(
+        config, offsets, rows, row_tiles, ctas, steps, 2 * -(-len(plan(offsets, rows, row_tiles, config)[0]) // ctas) + 4
+    )
+
+
+@pytest.mark.parametrize("config", [CONFIG, pytest.param(FIT, marks=pytest.mark.slow)], ids=lambda c: c.name)
+def test_whatever_lies_where_offsets_will_be(config: GroupedConfig) -> None:
+    """So many tokens that sums of them overflow: no tile is of another expert than there is, of other rows or tokens."""
+    rng, rows, row_tiles, steps = np.random.default_rng(4), 1 << 29, 96, 5
+    for kind in ("bits", "there and back", "ends"):
+        words = rng.integers(-(1 << 31), 1 << 31, 13)
+        offsets = {"bits": words, "there and back": np.arange(13) % 2 * rows, "ends": np.full(13, (1 << 31) - 1)}[kind].tolist()
+        for own in written(config, offsets, rows, row_tiles, 3, steps, 3):
+            for _, first, end, expert, row_tile, begin, last, width, groups in own:
+                assert 0 <= first < end <= steps
+                assert 0 <= expert < 12
+                assert 0 <= row_tile < row_tiles * (config.rows if config.fit else 1)
+                assert 0 <= begin <= last <= rows
+                assert 0 <= width <= config.tokens
+                assert groups in (2, 3, config.rows)
+
+
+def written(
+    config: GroupedConfig, offsets: list[int], rows: int, row_tiles: int, ctas: int, steps: int, turns: int
+) -> list[list[list[int]]]:
+    """The first `turns` turns of it."""
     launch = {
         "grid": [ctas], "block": [config.threads], "dynamic_smem": 16384,
         "params": [

@@ -441,13 +441,16 @@ class Schedule:
         tiles = starts[low + 1] - begin
         expert, width = packed & 0xFFFF, packed >> 16
         inside = tile - begin * row_tiles
-        row_tile = Int32(Uint32(inside) // Uint32(tiles))
+        # within what there is, whatever the numbers: offsets not yet written may be anything, and sums of them overflow
+        row_tile = Int32(Uint32(inside) // Uint32(cutlass.max(tiles, 1)))
+        row_tile = cutlass.max(cutlass.min(row_tile, row_tiles - 1), 0)
         number = inside - row_tile * tiles
-        first = bounds[expert]
-        end = cutlass.max(bounds[expert + 1], first)
+        lowest = bounds[expert]
+        end = cutlass.max(bounds[expert + 1], lowest)
         # the last tiles have a grain less, if grains do not come out even
         grain = cutlass.const_expr(self.config.grain)
-        narrow = number - (tiles - (tiles * width - (end - first)) // grain)
-        first += number * width - cutlass.max(narrow, 0) * grain
+        narrow = number - (tiles - (tiles * width - (end - lowest)) // grain)
+        first = lowest + number * width - cutlass.max(narrow, 0) * grain
+        first = cutlass.min(cutlass.max(first, lowest), end)
         width = width - grain if narrow >= 0 else width
         return expert, row_tile, first, cutlass.min(end, first + width), width
