@@ -84,7 +84,7 @@ def test_a_wrong_index_would_be_seen(hopper: FakeCuda, monkeypatch: pytest.Monke
     want, routing = moe_gate_up(x, ids, w, backend="portable")
     monkeypatch.setenv("GLU4_GATHER", "load")
     submit = grouped_launch.submit
-    monkeypatch.setattr(grouped_launch, "submit", lambda *args: submit(*args[:-1], args[-1].flip(0)))
+    monkeypatch.setattr(grouped_launch, "submit", lambda *args: submit(*args[:-2], args[-2].flip(0), args[-1]))
     last = int(routing.group_offsets[-1])
     assert not agree(moe_gate_up(x, ids, w.prepare("cpu"))[0][:last], want[:last])
 
