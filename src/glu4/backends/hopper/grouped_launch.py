@@ -150,10 +150,14 @@ def gather_of(problem: GroupedProblem) -> str:
     insists. "decode" is of NVFP4 tokens, and otherwise "copy".
 
     As measured on an H200 (docs/notebook-hopper.md, section 7): a row's copy costs what it costs, and the loads cost a share of
-    its products, which are fewer the narrower the experts are; with few tokens an expert, weights take longer than either.
+    its products, which are fewer the narrower the experts are; with few tokens an expert, weights take longer than either, and
+    NVFP4 ones are gathered as they are decoded anyway.
     """
-    loads = problem.n <= _NARROW or problem.rows <= 16 * problem.experts
-    best = "load" if loads else "decode" if problem.x_format == "nvfp4" else "copy"
+    narrow, few = problem.n <= _NARROW, problem.rows <= 16 * problem.experts
+    if problem.x_format == "nvfp4":
+        best = "load" if narrow and not few else "decode"
+    else:
+        best = "load" if narrow or few else "copy"
     chosen = os.environ.get("GLU4_GATHER") or best
     if chosen not in GATHERS:
         raise ValueError(f"GLU4_GATHER: expected one of {', '.join(GATHERS)}, got {chosen!r}")
