@@ -12,6 +12,10 @@ Work fits. The schedule follows from `offsets` alone, on the device (`grouped_sc
 then equal parts of what remains, cut along K too. Who begins a tile leaves float32 sums in `partials` and raises a flag in
 `ready`; who ends it adds them in a fixed order, from the end of K to its beginning, and puts the flag back.
 
+Work begins early. Before the kernel in front has ended, which may write the offsets, those that lie in memory are taken for its
+own: the schedule is computed, weights are sent for, and once it has ended tokens. Then the offsets are read again, past L1.
+Where they have changed, what was sent is passed by unread, and all is done again.
+
 Rows beyond offsets[experts] are not written, and wrong offsets lead to no access outside x and out: each is clamped
 to [0, rows].
 
