@@ -278,11 +278,10 @@ COUNTS = [3, 0, 9, 61]
 
 
 def looks(name: str, config: GroupedConfig) -> list[pytest.MarkDecorator]:
-    """One is quick, two are of CI."""
+    """One is quick, one more is of CI."""
     if (name, config) == ("another mixture", CONFIG):
         return []
-    short = name in ("another mixture", "no offsets at all") and config in (CONFIG, FIT)
-    return [pytest.mark.slow] if short else [pytest.mark.slow, pytest.mark.long]
+    return [pytest.mark.slow] if (name, config) == ("no offsets at all", FIT) else [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.mark.parametrize(
