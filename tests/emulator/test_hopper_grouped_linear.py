@@ -113,16 +113,18 @@ def test_tiles_that_several_ctas_share(ctas: int) -> None:
     assert (one == other).all()
 
 
-COLUMNS = "        columns = [column, column + 8][:halves]\n"
-HALF = "                    column = columns[half]\n"
-SYNC = "                    cute.arch.sync_warp()  # all lanes have read what was staged before\n"
+READ = "                cute.arch.barrier(barrier_id=2 + group, number_of_threads=WARPGROUP)  # what was staged before has been read\n"
 FAULTS = {
     "halves exchanged": ("2 * w + in_warp // 8 % 2", "2 * w + 1 - in_warp // 8 % 2"),
-    "both halves in one place": (COLUMNS, COLUMNS.replace("column + 8", "column")),
+    "both halves in one place": ("2 * w + in_warp // 8 % 2", "2 * w"),
     "half of a tile's columns": ("column = row * self.outputs", "column = row * 32"),
     "columns beyond the last": ("if column + e < n:", "if column < n:"),
     "rows beyond the last": ("(at < tokens) & (column < n)", "(column < n)"),
-    "a half staged before the other is read": (HALF + SYNC, HALF),
+    "tokens staged before those before are read": (READ, ""),
+    "a chunk read where it was not staged": (
+        "source = staging + self.staged(token_of, chunk)",
+        "source = staging + token_of * (chunks * 16) + chunk * 16",
+    ),
     "another expert's scale": ("self.scales(up_scale[expert], x_scale, flags)", "self.scales(up_scale[0], x_scale, flags)"),
     "another expert's bias": ("up_bias[(expert, None)]", "up_bias[(0, None)]"),
     "another expert's weights": ("weights[(expert, from_group, 0, None)]", "weights[(0, from_group, 0, None)]"),
@@ -136,6 +138,6 @@ def _marks(fault: str) -> tuple[pytest.MarkDecorator, ...]:
 
 @pytest.mark.parametrize("fault", [pytest.param(f, marks=_marks(f)) for f in FAULTS])
 def test_planted_faults_are_found(fault: str) -> None:
-    experts = Down([3, 0, 9], 76 if fault == "columns beyond the last" else 72, 208)
+    experts = Down([3, 0, 30], 76 if fault == "columns beyond the last" else 72, 208)
     result = experts.run(ptx(CONFIG, *FAULTS[fault], dual=False), CONFIG)
     assert not result.report.clean or experts.wrong(result)

@@ -29,7 +29,7 @@ def edits() -> Iterator[tuple[str, tuple[str, ...], str, str]]:
     for module in (test_hopper_grouped, test_hopper_grouped_linear, test_hopper_gather):
         for name, fault in module.FAULTS.items():
             yield name, GROUPED, fault[0], fault[1]
-    for name, fault in test_hopper_grouped.FIT_FAULTS.items():
+    for name, fault in (test_hopper_grouped.FIT_FAULTS | test_hopper_grouped.LATE_FAULTS).items():
         yield name, GROUPED, fault[0], fault[1]
     for name, (old, new, _) in test_hopper_gather.GATHERER_FAULTS.items():
         yield name, ("decode_tokens",), old, new
