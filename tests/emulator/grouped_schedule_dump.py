@@ -1,4 +1,5 @@
-"""A kernel that writes the grouped kernel's schedule down: `python grouped_schedule_dump.py CONFIG PTX_FILE`."""
+"""A kernel that writes the grouped kernel's schedule down: `python grouped_schedule_dump.py CONFIG PTX_FILE [unclamped]`, the
+last with a planted fault: offsets as they are."""
 
 from __future__ import annotations
 
@@ -12,10 +13,19 @@ from cuda.bindings.driver import CUstream
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
+from glu4.backends.hopper import grouped_schedule
 from glu4.backends.hopper.grouped_config import GroupedConfig
 from glu4.backends.hopper.grouped_schedule import PLAN_WORDS, Schedule
 
 Int32 = cutlass.Int32
+
+
+class Unclamped(grouped_schedule.Schedule):
+    """A planted fault."""
+
+    @cute.jit
+    def clamped(self, offset, rows):
+        return offset
 
 
 class Dump:
@@ -23,7 +33,7 @@ class Dump:
     piece of every CTA."""
 
     def __init__(self, config: GroupedConfig) -> None:
-        self.config, self.schedule = config, Schedule(config)
+        self.config, self.schedule = config, Unclamped(config) if "unclamped" in sys.argv[3:] else Schedule(config)
 
     @cute.jit
     def __call__(self, offsets: cute.Tensor, out: cute.Tensor, row_tiles: Int32, rows: Int32, steps: Int32, stream: CUstream):

@@ -21,11 +21,11 @@ WHOLE, FIT = (GroupedConfig(32, 3, 8, 8, 2, least=2, share=160, fit=fits) for fi
 
 
 @cache
-def ptx(config: GroupedConfig) -> str:
+def ptx(config: GroupedConfig, *fault: str) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "schedule.ptx")
         program = Path(__file__).with_name("grouped_schedule_dump.py")
-        compile_for_hopper([str(program), repr(config), str(path)], scratch, 300)
+        compile_for_hopper([str(program), repr(config), str(path), *fault], scratch, 300)
         return path.read_text()
 
 
@@ -119,25 +119,39 @@ def dump(config: GroupedConfig, offsets: list[int], rows: int, row_tiles: int, c
     )
 
 
+def strays(config: GroupedConfig, rows: int, *fault: str) -> tuple[int, list[list[int]]]:
+    """(pieces, those of what there is not) of 12 experts with whatever offsets: steps, experts, row tiles, rows or widths."""
+    rng, row_tiles, steps = np.random.default_rng(4), 6, 5
+    kinds = (rng.integers(-(1 << 31), 1 << 31, 13), np.arange(13) % 2 * rows, rng.integers(-rows, 2 * rows, 13))
+    groups = config.rows if config.fit else 1
+    seen, found = 0, []
+    for offsets in kinds:
+        for piece in itertools.chain(*written(config, offsets.tolist(), rows, row_tiles, 3, steps, 3, *fault)):
+            _, first, end, expert, row_tile, begin, last, width, high = piece
+            here = 0 <= first < end <= steps and 0 <= expert < 12 and 0 <= row_tile < row_tiles * groups
+            if not (here and 0 <= begin <= last <= rows and 0 <= width <= config.tokens and high in (2, 3, config.rows)):
+                found.append(piece)
+            seen += 1
+    return seen, found
+
+
+@pytest.mark.parametrize("rows", [60, 1 << 22])
 @pytest.mark.parametrize("config", [CONFIG, pytest.param(FIT, marks=pytest.mark.slow)], ids=lambda c: c.name)
-def test_whatever_lies_where_offsets_will_be(config: GroupedConfig) -> None:
-    """So many tokens that sums of them overflow: no tile is of another expert than there is, of other rows or tokens."""
-    rng, rows, row_tiles, steps = np.random.default_rng(4), 1 << 29, 96, 5
-    for kind in ("bits", "there and back", "ends"):
-        words = rng.integers(-(1 << 31), 1 << 31, 13)
-        offsets = {"bits": words, "there and back": np.arange(13) % 2 * rows, "ends": np.full(13, (1 << 31) - 1)}[kind].tolist()
-        for own in written(config, offsets, rows, row_tiles, 3, steps, 3):
-            for _, first, end, expert, row_tile, begin, last, width, groups in own:
-                assert 0 <= first < end <= steps
-                assert 0 <= expert < 12
-                assert 0 <= row_tile < row_tiles * (config.rows if config.fit else 1)
-                assert 0 <= begin <= last <= rows
-                assert 0 <= width <= config.tokens
-                assert groups in (2, 3, config.rows)
+def test_whatever_lies_where_offsets_will_be(config: GroupedConfig, rows: int) -> None:
+    """No piece is of what there is not."""
+    seen, found = strays(config, rows)
+    assert seen
+    assert found == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [60, 1 << 22])
+def test_offsets_that_are_not_clamped_are_found(rows: int) -> None:
+    assert strays(CONFIG, rows, "unclamped")[1]
 
 
 def written(
-    config: GroupedConfig, offsets: list[int], rows: int, row_tiles: int, ctas: int, steps: int, turns: int
+    config: GroupedConfig, offsets: list[int], rows: int, row_tiles: int, ctas: int, steps: int, turns: int, *fault: str
 ) -> list[list[list[int]]]:
     """The first `turns` turns of it."""
     launch = {
@@ -149,7 +163,7 @@ def written(
         ],
     }  # fmt: skip
     buffers = {"offsets": np.array(offsets, np.int32), "out": np.full((ctas, turns, 9), -7, np.int32)}
-    result = emulate(load(ptx(config)), launch, buffers)
+    result = emulate(load(ptx(config, *fault)), launch, buffers)
     assert result.report.clean, str(result.report)
     return [[row for row in rows_of if row[0] != -7] for rows_of in result.buffers["out"].tolist()]
 
