@@ -441,7 +441,7 @@ class Schedule:
         tiles = starts[low + 1] - begin
         expert, width = packed & 0xFFFF, packed >> 16
         inside = tile - begin * row_tiles
-        # within what there is, whatever the numbers: offsets not yet written may be anything, and sums of them overflow
+        # within what there is, whatever the numbers: offsets not yet written may be anything (no run has needed it)
         row_tile = Int32(Uint32(inside) // Uint32(cutlass.max(tiles, 1)))
         row_tile = cutlass.max(cutlass.min(row_tile, row_tiles - 1), 0)
         number = inside - row_tile * tiles
